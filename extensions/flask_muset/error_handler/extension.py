@@ -1,0 +1,433 @@
+"""ErrorHandler: binds the parts of this folder to a Flask app."""
+
+import errno
+import logging
+import sys
+import time
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask, Request, Response, got_request_exception, request
+from werkzeug.exceptions import HTTPException, InternalServerError
+from werkzeug.wsgi import ClosingIterator
+
+from flask_muset import context
+from flask_muset.error_handler import catalogue, render
+from flask_muset.error_handler.config import Config, read_config
+from flask_muset.error_handler.fingerprint import fingerprint_of, type_name
+from flask_muset.error_handler.journal import RecentErrors, Repeats, formatted_traceback
+from flask_muset.error_handler.translate import (
+    Translation,
+    aborted_by_validation,
+    is_timeout,
+    translate,
+)
+from flask_muset.errors import ErrorCategory, MusetError
+from flask_muset.redaction import redact, redact_text, request_secrets
+from flask_muset.signals import ErrorEvent, error_handled
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["ErrorHandler", "recent_errors"]
+
+_KEY = "error_handler"
+#: Set in a request's environment when Flask itself has told its listeners of the exception.
+_TOLD = "flask_muset.told"
+_REFUSAL_WINDOW_S = 1.0
+
+
+@dataclass(slots=True)
+class _State:
+    """What one app owns."""
+
+    config: Config
+    own: dict[type, Translation]
+    repeats: Repeats
+    recent: RecentErrors
+
+
+class StreamAborted(ConnectionResetError):
+    """Ends a response that had begun, so that the client sees that it is not whole.
+
+    Servers take a reset connection as such: they close it without the end mark of a complete body
+    and without a second traceback in their log.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(errno.ECONNRESET, "the response failed after it had begun")
+
+
+class ErrorHandler:
+    """Answer every error of an app by one table, without secrets, whatever raised it.
+
+    The instance keeps nothing about an app but the translations declared on it with `map`, so one
+    instance may serve several apps.
+
+    Config:
+        ERROR_HANDLER_ENABLED: False leaves the app as it is. Default True.
+        ERROR_HANDLER_CATALOGUE: Path of the error catalogue, None for none. Default "/errors".
+        ERROR_HANDLER_KEEP: How many different errors are kept for operators. Default 100.
+        ERROR_HANDLER_REPEAT_WINDOW: Seconds in which repeats are one log line. Default 60.
+        ERROR_HANDLER_REDACT_KEYS: More names whose values are secrets. Default none.
+        ERROR_HANDLER_WWW_AUTHENTICATE: Challenge of a 401 without one. Default "Bearer".
+    """
+
+    def __init__(self, app: Flask | None = None) -> None:
+        self._own: dict[type, Translation] = {}
+        if app is not None:
+            self.init_app(app)
+
+    def map(self, exception: type[BaseException], to: Translation) -> None:
+        """Translate a class of exceptions, its subclasses too.
+
+        Args:
+            exception: The class; the nearest of several wins, also over the built-in ones.
+            to: A category, or a function that takes the exception and returns a MusetError.
+
+        Raises:
+            TypeError: `exception` is no exception class, or `to` is neither of the two.
+        """
+        if not (isinstance(exception, type) and issubclass(exception, BaseException)):
+            raise TypeError(f"map needs an exception class, got {exception!r}.")
+        if not (isinstance(to, ErrorCategory) or callable(to)):
+            raise TypeError(f"map needs an ErrorCategory or a function, got {to!r}.")
+        self._own[exception] = to
+
+    def init_app(self, app: Flask) -> None:
+        """Read the configuration once and take over the app's errors.
+
+        Raises:
+            RuntimeError: It is set up on this app already.
+            ValueError: A setting is not allowed.
+        """
+        if _KEY in app.extensions:
+            raise RuntimeError(
+                f"ErrorHandler is already set up on app {app.name!r}; call init_app once per app."
+            )
+        config = read_config(app.config)
+        repeats = Repeats(partial(_log_repeats, app.name), clock=time.monotonic)
+        state = _State(config, self._own, repeats, RecentErrors(config.keep))
+        app.extensions[_KEY] = state
+        if not config.enabled:
+            return
+        # Sums that are still open are written when the process ends, or when the app is dropped.
+        weakref.finalize(app, repeats.flush)
+        _bind(app, state)
+
+
+def recent_errors(app: Flask) -> list[dict[str, Any]]:
+    """The newest errors of this process, the one that happened last first.
+
+    Each has `fingerprint, type, error, category, severity, status, place, message, traceback,
+    first_seen, last_seen, count` and `newest`, its latest occurrences with `at, request_id, method,
+    path, message, details`. All texts are redacted.
+
+    Raises:
+        RuntimeError: ErrorHandler is not set up on this app.
+    """
+    if _KEY not in app.extensions:
+        raise RuntimeError(f"ErrorHandler is not set up on app {app.name!r}; call init_app first.")
+    state: _State = app.extensions[_KEY]
+    return state.recent.newest()
+
+
+def _bind(app: Flask, state: _State) -> None:
+    app.register_error_handler(Exception, partial(_answer_in_flask, app, state))
+    layer = context.install(app)
+    layer.wsgi_app = _Boundary(layer.wsgi_app, app, state)
+
+    # Both are Flask's own points of extension, methods that an application class overrides.
+    trap = app.trap_http_exception
+    app.trap_http_exception = (  # type: ignore[method-assign]
+        lambda e: trap(e) or aborted_by_validation(e)
+    )
+    app.log_exception = partial(  # type: ignore[method-assign,assignment]
+        _log_for_flask, app, state
+    )
+    if state.config.catalogue is not None:
+        app.register_blueprint(catalogue.make_blueprint(state.config.catalogue))
+
+
+# --- Where errors arrive --------------------------------------------------------------------------
+
+
+def _answer_in_flask(app: Flask, state: _State, exception: Exception) -> Response | HTTPException:
+    """Flask's handler for every exception."""
+    if isinstance(exception, HTTPException):
+        given = exception.response is not None and not aborted_by_validation(exception)
+        if given or (exception.code or 500) < 400:
+            return exception  # a finished response that somebody aborted with
+    source = exception
+    if isinstance(exception, InternalServerError) and exception.original_exception is not None:
+        source = exception.original_exception  # type: ignore[assignment]
+    return _answer(app, state, source, request)
+
+
+def _log_for_flask(app: Flask, state: _State, exc_info: Any) -> None:
+    """Flask calls it for an exception that escaped its handlers, just after telling its listeners.
+
+    What follows is our handler, or one that the app has for status 500 and that would hide the
+    error from us, so it is recorded here.
+    """
+    exception = exc_info[1]
+    request.environ[_TOLD] = exception
+    try:
+        _record(app, state, exception, request, streaming=False)
+    except Exception as failure:  # noqa: BLE001 - the answer must still be made
+        _report_failure(failure)
+
+
+class _Boundary:
+    """WSGI layer for what no handler of Flask sees: escapes, gevent's Timeout, broken streams."""
+
+    def __init__(self, wsgi_app: "WSGIApplication", app: Flask, state: _State) -> None:
+        self._wsgi_app = wsgi_app
+        self._app = app
+        self._state = state
+
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        try:
+            body = self._wsgi_app(environ, start_response)
+        except BaseException as exception:
+            if not self._is_ours(exception):
+                raise
+            answer = _answer(self._app, self._state, exception, self._app.request_class(environ))
+            return answer(environ, start_response)
+        # Lists and file wrappers cannot fail half-way, and servers treat the latter specially.
+        return _Body(body, self, environ) if type(body) is ClosingIterator else body
+
+    def _is_ours(self, exception: BaseException) -> bool:
+        """Flask lets exceptions through where PROPAGATE_EXCEPTIONS asks for it."""
+        if isinstance(exception, Exception):
+            return not self._app.config["PROPAGATE_EXCEPTIONS"]
+        return is_timeout(exception)
+
+    def broken(self, exception: BaseException, environ: "WSGIEnvironment") -> None:
+        """Record an exception of a response that had begun, and end it visibly."""
+        if not (isinstance(exception, Exception) or is_timeout(exception)):
+            return
+        try:
+            incoming = self._app.request_class(environ)
+            _record(self._app, self._state, exception, incoming, streaming=True)
+        except Exception as failure:  # noqa: BLE001 - the stream must still be ended
+            _report_failure(failure)
+        raise StreamAborted from exception
+
+
+class _Body:
+    """A response's body on its way to the server."""
+
+    __slots__ = ("_boundary", "_environ", "_inner", "_next")
+
+    def __init__(
+        self, inner: ClosingIterator, boundary: _Boundary, environ: "WSGIEnvironment"
+    ) -> None:
+        self._inner = inner
+        self._next = inner.__next__
+        self._boundary = boundary
+        self._environ = environ
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self
+
+    def __next__(self) -> bytes:
+        try:
+            return self._next()
+        except StopIteration:
+            raise
+        except BaseException as exception:
+            self._boundary.broken(exception, self._environ)
+            raise
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+# --- What is done with them -----------------------------------------------------------------------
+
+
+def _answer(app: Flask, state: _State, exception: BaseException, incoming: Request) -> Response:
+    """Record and render; if anything in here raises, the answer of last resort."""
+    try:
+        error, secrets = _record(app, state, exception, incoming, streaming=False)
+        return _render(app, state, error, exception, incoming, secrets)
+    except Exception as failure:  # noqa: BLE001 - whatever broke, the client gets valid JSON
+        _report_failure(failure)
+        _tell_once(app, exception, incoming, quiet=True)
+        body = render.constant_body(incoming.path, _id_of(incoming))
+        return Response(body, 500, content_type=render.JSON_TYPE)
+
+
+def _record(
+    app: Flask, state: _State, exception: BaseException, incoming: Request, *, streaming: bool
+) -> tuple[MusetError, tuple[str, ...]]:
+    """Translate, tell the listeners, log and keep, once for each exception of a request."""
+    error = translate(exception, state.own)
+    secrets = request_secrets(incoming.environ)
+    if incoming.environ.get("flask_muset.recorded") is exception:
+        return error, secrets
+    incoming.environ["flask_muset.recorded"] = exception
+    if error.status >= 500 and not error.refusal:
+        _tell_once(app, exception, incoming)
+    fingerprint, place = fingerprint_of(exception)
+    if error_handled.receivers:
+        event = ErrorEvent(
+            category=error.category,
+            severity=error.severity,
+            error=type(error).__name__,
+            status=error.status,
+            retryable=error.retryable,
+            refusal=error.refusal,
+            streaming=streaming,
+            fingerprint=fingerprint,
+            request_id=_id_of(incoming),
+            exception=exception,
+        )
+        error_handled.send(app, event=event)
+    _log(app, state, error, exception, incoming, fingerprint, secrets)
+    _keep(state, error, exception, incoming, fingerprint, place, secrets)
+    return error, secrets
+
+
+def _tell_once(
+    app: Flask, exception: BaseException, incoming: Request, *, quiet: bool = False
+) -> None:
+    """Send Flask's own signal, which error trackers listen to, unless Flask has sent it."""
+    if incoming.environ.get(_TOLD) is exception or not got_request_exception.receivers:
+        return
+    incoming.environ[_TOLD] = exception
+    try:
+        got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=exception)
+    except Exception as failure:
+        if not quiet:
+            raise
+        _report_failure(failure)
+
+
+def _render(
+    app: Flask,
+    state: _State,
+    error: MusetError,
+    exception: BaseException,
+    incoming: Request,
+    secrets: tuple[str, ...],
+) -> Response:
+    body = render.body_of(
+        error,
+        path=incoming.path,
+        request_id=_id_of(incoming),
+        secrets=secrets,
+        redact_keys=state.config.redact_keys,
+    )
+    path = state.config.catalogue
+    content_type, data = render.render(
+        error,
+        body,
+        render.preferred_type(incoming.accept_mimetypes),
+        dumps=app.json.dumps,
+        catalogue=None if path is None else incoming.script_root + path,
+    )
+    response = app.response_class(data, error.status, content_type=content_type)
+    for name, value in render.headers_of(error, exception, state.config.www_authenticate):
+        response.headers[name] = value
+    return response
+
+
+def _log(
+    app: Flask,
+    state: _State,
+    error: MusetError,
+    exception: BaseException,
+    incoming: Request,
+    fingerprint: str,
+    secrets: tuple[str, ...],
+) -> None:
+    window_s = _REFUSAL_WINDOW_S if error.refusal else state.config.repeat_window_s
+    key = type(error).__name__ if error.refusal else f"{type_name(exception)} {fingerprint}"
+    logger, level = app.logger, error.row.log_level
+    if not state.repeats.is_first(key, window_s, only_sums=error.refusal):
+        return
+    if not logger.isEnabledFor(level):
+        return
+    text = redact_text(f"{type_name(exception)}: {exception}", secrets)
+    if error.status >= 500:
+        text = f"{text}\n{formatted_traceback(exception, secrets)}"
+    logger.log(
+        level,
+        "%s %s -> %d %s, fingerprint %s, request %s: %s",
+        redact_text(incoming.method, secrets),
+        redact_text(incoming.path, secrets),
+        error.status,
+        type(error).__name__,
+        fingerprint,
+        _id_of(incoming),
+        text,
+        extra={
+            "request_id": _id_of(incoming),
+            "fingerprint": fingerprint,
+            "category": error.category.value,
+            "severity": error.severity.value,
+            "status": error.status,
+        },
+    )
+
+
+def _log_repeats(name: str, key: str, repeats: int, window_s: float) -> None:
+    logging.getLogger(name).warning(
+        "%s: %d more in the last %.0f s", key, repeats, max(window_s, 1.0)
+    )
+
+
+def _keep(
+    state: _State,
+    error: MusetError,
+    exception: BaseException,
+    incoming: Request,
+    fingerprint: str,
+    place: str,
+    secrets: tuple[str, ...],
+) -> None:
+    if not state.config.keep:
+        return
+    message = redact_text(error.message or str(exception), secrets)
+    occurrence = {
+        "request_id": _id_of(incoming),
+        "method": redact_text(incoming.method, secrets),
+        "path": redact_text(incoming.path, secrets),
+        "message": message,
+        "details": redact(error.details, secrets, extra_keys=state.config.redact_keys),
+    }
+    state.recent.add(
+        fingerprint,
+        occurrence,
+        lambda: {
+            "fingerprint": fingerprint,
+            "type": type_name(exception),
+            "error": type(error).__name__,
+            "category": error.category.value,
+            "severity": error.severity.value,
+            "status": error.status,
+            "place": place,
+            "message": message,
+            "traceback": formatted_traceback(exception, secrets) if error.status >= 500 else None,
+        },
+    )
+
+
+def _id_of(incoming: Request) -> str:
+    return str(incoming.environ.get(context.REQUEST_ID_KEY, ""))
+
+
+def _report_failure(failure: Exception) -> None:
+    """Say that error handling itself failed; the logger may be what is broken."""
+    try:
+        _, place = fingerprint_of(failure)
+        sys.stderr.write(f"ErrorHandler failed: {type_name(failure)} at {place}\n")
+    except Exception:  # noqa: BLE001, S110 - nothing is left to report to
+        pass

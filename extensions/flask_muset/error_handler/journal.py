@@ -1,0 +1,162 @@
+"""What operators learn: one log line for a fault, a sum for its repeats, the newest of each kept."""
+
+import threading
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from flask_muset.redaction import redact_text
+
+__all__ = ["RecentErrors", "Repeats", "formatted_traceback"]
+
+#: The newest occurrences that are kept of each fault.
+_KEPT_OF_EACH = 5
+#: Faults that are told apart in one window; beyond it the oldest window ends early.
+_MAX_WINDOWS = 1_000
+
+Schedule = Callable[[float, Callable[[], None]], object]
+
+
+def start_timer(delay_s: float, call: Callable[[], None]) -> None:
+    """Run `call` later; under gevent this is a greenlet, elsewhere a thread that holds up no exit."""
+    timer = threading.Timer(delay_s, call)
+    timer.daemon = True
+    timer.start()
+
+
+@dataclass(slots=True)
+class _Window:
+    end: float
+    repeats: int
+
+
+class Repeats:
+    """Says which occurrence is worth a log line of its own, and sums up the others.
+
+    Args:
+        emit: Called with a key, the number of repeats and the window in seconds.
+        clock: Seconds that never go back.
+        schedule: Runs a call after some seconds.
+    """
+
+    def __init__(
+        self,
+        emit: Callable[[str, int, float], None],
+        *,
+        clock: Callable[[], float],
+        schedule: Schedule = start_timer,
+    ) -> None:
+        self._emit = emit
+        self._clock = clock
+        self._schedule = schedule
+        self._windows: OrderedDict[str, _Window] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def is_first(self, key: str, window_s: float, *, only_sums: bool = False) -> bool:
+        """Count one occurrence; True if it is the first of a new window.
+
+        Args:
+            key: What happened.
+            window_s: How long the repeats are summed up, in seconds.
+            only_sums: Count the first one as a repeat too, and never answer True.
+        """
+        due: list[tuple[str, _Window]] = []
+        with self._lock:
+            now = self._clock()
+            window = self._windows.get(key)
+            if window is not None and now < window.end:
+                window.repeats += 1
+                first, starts = False, window.repeats == 1
+            else:
+                due = self._replace(key, window)
+                window = self._windows[key] = _Window(now + window_s, 1 if only_sums else 0)
+                first, starts = not only_sums, only_sums
+        for old_key, old in due:
+            self._flush(old_key, old, window_s)
+        if starts:
+            self._schedule(max(0.0, window.end - now), lambda: self._flush(key, window, window_s))
+        return first
+
+    def _replace(self, key: str, window: _Window | None) -> list[tuple[str, _Window]]:
+        due = [] if window is None else [(key, window)]
+        self._windows.pop(key, None)
+        while len(self._windows) >= _MAX_WINDOWS:
+            due.append(self._windows.popitem(last=False))
+        return due
+
+    def _flush(self, key: str, window: _Window, window_s: float) -> None:
+        with self._lock:
+            repeats, window.repeats = window.repeats, 0
+            if self._windows.get(key) is window and self._clock() >= window.end:
+                del self._windows[key]
+        if repeats:
+            self._emit(key, repeats, window_s)
+
+    def flush(self) -> None:
+        """Sum up at once, for the end of the process."""
+        with self._lock:
+            windows, self._windows = self._windows, OrderedDict()
+        for key, window in windows.items():
+            self._flush(key, window, window.end - self._clock())
+
+
+@dataclass(slots=True)
+class _Kept:
+    fault: dict[str, Any]
+    count: int = 0
+    last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT_OF_EACH))
+
+
+class RecentErrors:
+    """The newest occurrences of the newest faults, bounded.
+
+    Args:
+        keep: How many faults; 0 keeps nothing.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self._keep = keep
+        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(
+        self,
+        fingerprint: str,
+        occurrence: dict[str, Any],
+        fault: Callable[[], dict[str, Any]],
+    ) -> None:
+        """Keep one occurrence.
+
+        Args:
+            fingerprint: Of the fault.
+            occurrence: When and on what request it happened.
+            fault: Makes the description of a fault that is new here; it may be expensive.
+        """
+        if not self._keep:
+            return
+        known = self._kept.get(fingerprint)
+        new = _Kept(fault()) if known is None else known
+        with self._lock:
+            kept = self._kept.setdefault(fingerprint, new)
+            self._kept.move_to_end(fingerprint)
+            kept.count += 1
+            kept.last.append(occurrence | {"at": datetime.now(UTC).isoformat()})
+            while len(self._kept) > self._keep:
+                self._kept.popitem(last=False)
+
+    def newest(self) -> list[dict[str, Any]]:
+        """Plain copies, the fault that happened last first, its newest occurrence first."""
+        with self._lock:
+            kept = [(k.fault, k.count, list(k.last)) for k in reversed(self._kept.values())]
+        return [
+            fault | {"count": count, "last_seen": last[-1]["at"], "newest": last[::-1]}
+            for fault, count, last in kept
+        ]
+
+
+def formatted_traceback(exception: BaseException, secrets: tuple[str, ...]) -> str:
+    """The traceback with its chained causes, redacted."""
+    return redact_text("".join(traceback.format_exception(exception)).rstrip(), secrets)

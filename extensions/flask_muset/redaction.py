@@ -1,0 +1,241 @@
+"""Keep secrets out of everything that leaves the process: by key, by shape, and by request.
+
+Works on copies: what the caller passed in is never changed. Every result is bounded in depth, in
+number and in length, and is plain JSON data.
+"""
+
+import base64
+import binascii
+import math
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+from urllib.parse import parse_qsl, unquote_plus
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import WSGIEnvironment
+
+__all__ = ["REDACTED", "is_secret_key", "redact", "redact_text", "request_secrets"]
+
+REDACTED = "[redacted]"
+
+_MAX_DEPTH = 8
+_MAX_ITEMS = 200
+_MAX_TEXT = 8_192
+#: Shorter values of a request are too common to be searched for in other texts.
+_MIN_REQUEST_SECRET = 4
+
+_words = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+").findall
+_SECRET_WORDS = frozenset(
+    "auth authorization bearer cookie cookies credential credentials csrf jwt otp passcode "
+    "passphrase passwd password passwords pin pwd secret secrets session sessionid signature "
+    "token xsrf".split()
+)
+_SECRET_ENDINGS = ("password", "passwd", "secret", "token", "apikey", "cookie", "sessionid")
+_SECRET_PAIRS = frozenset(
+    {
+        ("access", "key"),
+        ("account", "key"),
+        ("api", "key"),
+        ("encryption", "key"),
+        ("master", "key"),
+        ("private", "key"),
+        ("secret", "key"),
+        ("signing", "key"),
+    }
+)
+#: After a secret word these say that the value only speaks about the secret.
+_ABOUT = frozenset("budget count error expires limit name present required type usage".split())
+
+
+@lru_cache(maxsize=4096)
+def is_secret_key(key: str) -> bool:
+    """Whether a value under this name is a secret, in any of the usual spellings."""
+    words = [word.lower() for word in _words(key[:256])]
+    for position, word in enumerate(words):
+        following = words[position + 1] if position + 1 < len(words) else ""
+        if (word, following) in _SECRET_PAIRS:
+            return True
+        if (word in _SECRET_WORDS or word.endswith(_SECRET_ENDINGS)) and following not in _ABOUT:
+            return True
+    return False
+
+
+_SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (
+        re.compile(
+            r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----.*?(?:-----END [A-Z ]{0,40}-----|\Z)",
+            re.DOTALL,
+        ),
+        REDACTED,
+    ),
+    # user:password@ of a URL, up to the last @ of its authority
+    (re.compile(r"([A-Za-z][A-Za-z0-9+.-]{0,30}://)[^\s/?#\"'<>]*@"), rf"\1{REDACTED}@"),
+    (re.compile(r"\b(Bearer|bearer|BEARER)(\s+|%20)[A-Za-z0-9._~+/=-]+"), rf"\1 {REDACTED}"),
+    (
+        re.compile(
+            r"\b(Basic|basic|Negotiate|negotiate)\s+"
+            r"(?=[A-Za-z0-9+/]*(?:[0-9=+/]|[a-z][A-Z]))[A-Za-z0-9+/]{8,}={0,2}"
+        ),
+        rf"\1 {REDACTED}",
+    ),
+    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{4,}(?:\.[A-Za-z0-9_-]*)?"), REDACTED),
+    (
+        re.compile(
+            r"(?<![A-Za-z0-9])(?:"
+            r"(?:msk_|[sr]k_live_|[sr]k_test_|gh[oprsu]_|github_pat_|glpat-|xox[abeoprs]-|shpat_"
+            r"|dop_v1_|ya29\.|AIza)[A-Za-z0-9_\-]{6,}"
+            r"|sk-[A-Za-z0-9_\-]{12,}|(?:hf_|npm_|pypi-)[A-Za-z0-9_\-]{16,}"
+            r"|SG\.[A-Za-z0-9_\-]{8,}\.[A-Za-z0-9_\-]{8,}|A[KS]IA[0-9A-Z]{16})"
+        ),
+        REDACTED,
+    ),
+)
+
+_PAIR = re.compile(
+    r"""(?P<key>[A-Za-z][A-Za-z0-9_.\-]{1,63})(?P<sep>\\?["']?\s{0,4}(?:=>|=|:)\s{0,4})"""
+    r"""(?P<value>\\?"(?:[^"\\\n]|\\.)*"|\\?'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+)"""
+)
+_SPOKEN = re.compile(
+    r"""\b(password|passphrase|passwd|secret|token|api[ _-]?key)(\s+(?:is\s+|was\s+)?)"""
+    r"""("[^"\n]{1,256}"|'[^'\n]{1,256}')""",
+    re.IGNORECASE,
+)
+_HEADER = re.compile(
+    r"\b((?:set-)?cookie|(?:proxy-)?authorization)(\s{0,4}[:=]\s{0,4})(?![\"'\[])[^\r\n]+",
+    re.IGNORECASE,
+)
+
+
+def _hide_pair(match: re.Match[str]) -> str:
+    if not is_secret_key(match["key"]) or match["value"] == REDACTED:
+        return match[0]
+    return f"{match['key']}{match['sep']}{REDACTED}"
+
+
+def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
+    """Return the text without what looks like a secret.
+
+    Args:
+        text: Any text; what is longer than 8,192 characters is cut.
+        secrets: Values that are hidden wherever they occur, such as those of `request_secrets`.
+    """
+    for secret in secrets:
+        if secret in text:
+            text = text.replace(secret, REDACTED)
+    for shape, replacement in _SHAPES:
+        text = shape.sub(replacement, text)
+    if "=" in text or ":" in text:
+        text = _HEADER.sub(rf"\1\2{REDACTED}", text)
+        text = _PAIR.sub(_hide_pair, text)
+    text = _SPOKEN.sub(rf"\1\2{REDACTED}", text)
+    # Cut last: half a secret at the edge would no longer have its shape.
+    if len(text) > _MAX_TEXT:
+        text = f"{text[:_MAX_TEXT]}… ({len(text)} characters)"
+    return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+
+
+def redact(
+    value: Any, secrets: Iterable[str] = (), *, extra_keys: frozenset[str] = frozenset()
+) -> Any:
+    """Return a bounded copy of a value as plain JSON data, without secrets.
+
+    Args:
+        value: Anything; what JSON does not know becomes its text.
+        secrets: Values that are hidden wherever they occur.
+        extra_keys: More names, in lower case, whose values are secrets.
+    """
+    return _copy(value, tuple(secrets), extra_keys, 0)
+
+
+def _copy(value: Any, secrets: tuple[str, ...], extra: frozenset[str], depth: int) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return int(value) if abs(value) < 1 << 64 else redact_text(_text_of(value), secrets)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return redact_text(str(value), secrets)
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
+    if depth >= _MAX_DEPTH:
+        return "…"
+    if isinstance(value, Mapping):
+        return _copy_mapping(value, secrets, extra, depth)
+    if isinstance(value, list | tuple | set | frozenset):
+        items = [
+            _copy(item, secrets, extra, depth + 1)
+            for _, item in zip(range(_MAX_ITEMS), value, strict=False)
+        ]
+        return items if len(value) <= _MAX_ITEMS else [*items, f"… ({len(value)} items)"]
+    return redact_text(_text_of(value), secrets)
+
+
+def _copy_mapping(
+    value: Mapping[Any, Any], secrets: tuple[str, ...], extra: frozenset[str], depth: int
+) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for count, (key, item) in enumerate(value.items()):
+        if count >= _MAX_ITEMS:
+            out["…"] = f"{len(value)} items"
+            break
+        name = redact_text(_text_of(key), secrets)
+        hidden = is_secret_key(name) or name.lower() in extra
+        if hidden and not (item is None or isinstance(item, bool)):
+            out[name] = REDACTED
+        else:
+            out[name] = _copy(item, secrets, extra, depth + 1)
+    return out
+
+
+def _text_of(value: Any) -> str:
+    """The text of any object, also of one whose `__str__` raises."""
+    try:
+        return str(value)
+    except Exception:  # noqa: BLE001 - a foreign object may raise anything
+        return f"<{type(value).__name__}>"
+
+
+def request_secrets(environ: "WSGIEnvironment") -> tuple[str, ...]:
+    """The secret values that a request itself bears, the longest first.
+
+    Its credentials, cookies, and the headers and query arguments with a secret's name. Hiding these
+    very values catches a secret that was copied into a message without its name.
+    """
+    found: set[str] = set()
+    for name, value in environ.items():
+        if name.startswith("HTTP_") and isinstance(value, str) and is_secret_key(name[5:]):
+            found.update(_header_secrets(name, value))
+    query = environ.get("QUERY_STRING") or ""
+    if query:
+        for key, value in parse_qsl(query[:_MAX_TEXT]):
+            if is_secret_key(key):
+                found.update((value, _raw_of(query, value)))
+    return tuple(sorted((s for s in found if len(s) >= _MIN_REQUEST_SECRET), key=len, reverse=True))
+
+
+def _raw_of(query: str, value: str) -> str:
+    """The value as it stands in the query string, percent signs and all."""
+    for pair in query.split("&"):
+        raw = pair.partition("=")[2]
+        if unquote_plus(raw) == value:
+            return raw
+    return value
+
+
+def _header_secrets(name: str, value: str) -> Iterable[str]:
+    if name == "HTTP_COOKIE":
+        return [part.partition("=")[2].strip().strip('"') for part in value.split(";")]
+    scheme, _, credentials = value.partition(" ")
+    if not credentials:
+        return [value]
+    found = [credentials.strip()]
+    if scheme.lower() == "basic":
+        try:
+            decoded = base64.b64decode(credentials, validate=True).decode("utf-8", "replace")
+        except (binascii.Error, ValueError):
+            return found
+        found += [decoded, decoded.partition(":")[2]]
+    return found

@@ -1,0 +1,5 @@
+"""The API of the Muset AI research platform."""
+
+from importlib.metadata import version
+
+__version__ = version("muset")

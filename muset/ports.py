@@ -1,0 +1,235 @@
+"""What the services need from the outside world, as plain values and protocols.
+
+Services are written against these names alone; `muset.app` hands the adapters in.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Protocol
+
+
+class Role(StrEnum):
+    """What a key may do."""
+
+    MEMBER = "member"
+    ADMIN = "admin"
+
+
+class AnswerStatus(StrEnum):
+    """How far an answer can be trusted."""
+
+    ANSWERED = "answered"
+    UNSURE = "unsure"
+    DEGRADED = "degraded"
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who sends a request.
+
+    Attributes:
+        user_id: The user that the key belongs to.
+        key_id: The key itself.
+        role: What the key may do.
+    """
+
+    user_id: int
+    key_id: int
+    role: Role
+
+    @property
+    def is_admin(self) -> bool:
+        """Whether every document may be changed."""
+        return self.role is Role.ADMIN
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """A stored key; the key itself is not in it.
+
+    Attributes:
+        prefix: The first characters after `msk_`, enough to find it and too few to guess it.
+        digest: SHA-256 of the whole key, 32 bytes.
+        expires_at: Last moment of validity in UTC, None for no end.
+        revoked_at: When it was withdrawn in UTC, None while it holds.
+    """
+
+    id: int
+    user_id: int
+    email: str
+    role: Role
+    prefix: str
+    digest: bytes
+    created_at: datetime
+    expires_at: datetime | None
+    revoked_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A stored document.
+
+    Attributes:
+        sha256: Of the text in UTF-8, 64 hexadecimal digits.
+        passages: How many passages the index holds of it.
+        characters: Length of the text in Unicode code points.
+        text: As it was sent, line ends too; None where only the summary was read.
+    """
+
+    id: int
+    user_id: int
+    title: str
+    sha256: str
+    passages: int
+    characters: int
+    created_at: datetime
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A piece of a text: offsets in Unicode code points, `end` exclusive."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredPassage:
+    """A passage that matches a question; `text` equals the document's text[start:end].
+
+    Attributes:
+        score: BM25, higher is better, comparable within one search only.
+    """
+
+    document_id: int
+    title: str
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """What the index found for a question.
+
+    Attributes:
+        passages: The best first.
+        term_weights: Every content term of the question (stemmed) with its inverse document
+            frequency in the whole index; a term that no passage has bears the highest weight.
+    """
+
+    passages: tuple[ScoredPassage, ...]
+    term_weights: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A verbatim quote; `quote` equals the document's text[start:end]."""
+
+    document_id: int
+    title: str
+    start: int
+    end: int
+    quote: str
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderAnswer:
+    """What a provider made of the passages.
+
+    Attributes:
+        text: The answer for people; empty where `status` is `unsure`.
+        input_tokens: Billed tokens; 0 for a provider that bills none.
+        output_tokens: Billed tokens; 0 for a provider that bills none.
+    """
+
+    text: str
+    status: AnswerStatus
+    citations: tuple[Citation, ...]
+    input_tokens: int
+    output_tokens: int
+
+
+class Provider(Protocol):
+    """A source of answers."""
+
+    name: str
+    models: tuple[str, ...]
+
+    def answer(
+        self, question: str, retrieval: Retrieval, *, model: str, max_tokens: int | None
+    ) -> ProviderAnswer:
+        """Answer from the passages alone."""
+        ...
+
+
+class KeyStore(Protocol):
+    """Keys and the users they belong to."""
+
+    def create(
+        self,
+        *,
+        email: str,
+        role: Role,
+        prefix: str,
+        digest: bytes,
+        expires_at: datetime | None,
+    ) -> KeyRecord:
+        """Store a key, and its user if the address is new."""
+        ...
+
+    def find(self, prefix: str) -> Sequence[KeyRecord]:
+        """All keys with this prefix, revoked and expired ones too."""
+        ...
+
+    def list(self) -> Sequence[KeyRecord]:
+        """All keys, the newest last."""
+        ...
+
+    def revoke(self, key_id: int, at: datetime) -> bool:
+        """Withdraw a key; False if there is none with this id."""
+        ...
+
+
+class DocumentStore(Protocol):
+    """Documents and the index over their passages; each call is one transaction."""
+
+    def add(self, *, user_id: int, title: str, text: str) -> tuple[Document, bool]:
+        """Store and index; False beside the document if this user already had this text."""
+        ...
+
+    def get(self, document_id: int) -> Document | None:
+        """One document with its text."""
+        ...
+
+    def list(self, *, limit: int, after_id: int) -> Sequence[Document]:
+        """Summaries in the order of their ids, those above `after_id` alone."""
+        ...
+
+    def delete(self, document_id: int) -> bool:
+        """Forget a document and its passages; False if there is none."""
+        ...
+
+    def existing(self, document_ids: Sequence[int]) -> frozenset[int]:
+        """Those of the ids that exist."""
+        ...
+
+    def search(
+        self, question: str, *, k: int, document_ids: Sequence[int] | None = None
+    ) -> Retrieval:
+        """The k best passages; any text is a legal question."""
+        ...
+
+
+class Probe(Protocol):
+    """Whether a dependency answers."""
+
+    name: str
+
+    def check(self, timeout_s: float) -> None:
+        """Return if it answers in time, else raise."""
+        ...
