@@ -74,11 +74,11 @@ class RequestContext:
 
 def install(app: Flask) -> RequestContext:
     """Return the application's context layer, made at the first call."""
-    layer = app.extensions.get(_EXTENSION)
+    layer: RequestContext | None = app.extensions.get(_EXTENSION)
     if layer is None:
         layer = app.extensions[_EXTENSION] = RequestContext(app.wsgi_app)
         app.wsgi_app = layer  # type: ignore[method-assign]
-    return layer  # type: ignore[no-any-return]
+    return layer
 
 
 def request_id() -> str | None:

@@ -28,9 +28,32 @@ _MIN_REQUEST_SECRET = 4
 
 _words = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+").findall
 _SECRET_WORDS = frozenset(
-    "auth authorization bearer cookie cookies credential credentials csrf jwt otp passcode "
-    "passphrase passwd password passwords pin pwd secret secrets session sessionid signature "
-    "token xsrf".split()
+    {
+        "auth",
+        "authorization",
+        "bearer",
+        "cookie",
+        "cookies",
+        "credential",
+        "credentials",
+        "csrf",
+        "jwt",
+        "otp",
+        "passcode",
+        "passphrase",
+        "passwd",
+        "password",
+        "passwords",
+        "pin",
+        "pwd",
+        "secret",
+        "secrets",
+        "session",
+        "sessionid",
+        "signature",
+        "token",
+        "xsrf",
+    }
 )
 _SECRET_ENDINGS = ("password", "passwd", "secret", "token", "apikey", "cookie", "sessionid")
 _SECRET_PAIRS = frozenset(
@@ -46,7 +69,20 @@ _SECRET_PAIRS = frozenset(
     }
 )
 #: After a secret word these say that the value only speaks about the secret.
-_ABOUT = frozenset("budget count error expires limit name present required type usage".split())
+_ABOUT = frozenset(
+    {
+        "budget",
+        "count",
+        "error",
+        "expires",
+        "limit",
+        "name",
+        "present",
+        "required",
+        "type",
+        "usage",
+    }
+)
 
 
 @lru_cache(maxsize=4096)
@@ -93,9 +129,9 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
 )
 
-_PAIR = re.compile(
-    r"""(?P<key>[A-Za-z][A-Za-z0-9_.\-]{1,63})(?P<sep>\\?["']?\s{0,4}(?:=>|=|:)\s{0,4})"""
-    r"""(?P<value>\\?"(?:[^"\\\n]|\\.)*"|\\?'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+)"""
+_KEY = re.compile(r"""(?P<name>[A-Za-z][A-Za-z0-9_.\-]{1,63})\\?["']?\s{0,4}(?:=>|=|:)\s{0,4}""")
+_VALUE = re.compile(
+    r"""\\?"(?:[^"\\\n]|\\.)*"|\\?'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+"""
 )
 _SPOKEN = re.compile(
     r"""\b(password|passphrase|passwd|secret|token|api[ _-]?key)(\s+(?:is\s+|was\s+)?)"""
@@ -108,10 +144,18 @@ _HEADER = re.compile(
 )
 
 
-def _hide_pair(match: re.Match[str]) -> str:
-    if not is_secret_key(match["key"]) or match["value"] == REDACTED:
-        return match[0]
-    return f"{match['key']}{match['sep']}{REDACTED}"
+def _hide_pairs(text: str) -> str:
+    """Hide the values after `name=`, `name:` and `"name":` where the name is a secret's."""
+    out: list[str] = []
+    done = 0
+    for key in _KEY.finditer(text):
+        if key.start() < done or not is_secret_key(key["name"]):
+            continue
+        value = _VALUE.match(text, key.end())
+        if value is not None and not text.startswith(REDACTED, key.end()):
+            out += (text[done : key.end()], REDACTED)
+            done = value.end()
+    return "".join((*out, text[done:])) if out else text
 
 
 def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
@@ -128,7 +172,7 @@ def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
         text = shape.sub(replacement, text)
     if "=" in text or ":" in text:
         text = _HEADER.sub(rf"\1\2{REDACTED}", text)
-        text = _PAIR.sub(_hide_pair, text)
+        text = _hide_pairs(text)
     text = _SPOKEN.sub(rf"\1\2{REDACTED}", text)
     # Cut last: half a secret at the edge would no longer have its shape.
     if len(text) > _MAX_TEXT:
@@ -152,14 +196,10 @@ def redact(
 def _copy(value: Any, secrets: tuple[str, ...], extra: frozenset[str], depth: int) -> Any:
     if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, int):
-        return int(value) if abs(value) < 1 << 64 else redact_text(_text_of(value), secrets)
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, int | float):
+        return _number(value)
     if isinstance(value, str):
         return redact_text(str(value), secrets)
-    if isinstance(value, bytes | bytearray | memoryview):
-        return f"<{len(value)} bytes>"
     if depth >= _MAX_DEPTH:
         return "…"
     if isinstance(value, Mapping):
@@ -170,7 +210,17 @@ def _copy(value: Any, secrets: tuple[str, ...], extra: frozenset[str], depth: in
             for _, item in zip(range(_MAX_ITEMS), value, strict=False)
         ]
         return items if len(value) <= _MAX_ITEMS else [*items, f"… ({len(value)} items)"]
+    if isinstance(value, bytes | bytearray | memoryview):
+        return f"<{len(value)} bytes>"
     return redact_text(_text_of(value), secrets)
+
+
+def _number(value: int | float) -> int | float | str:
+    """What JSON and its readers can hold; anything else as text."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    # Turning an endless integer into digits is slow, and Python refuses it.
+    return int(value) if value.bit_length() <= 64 else f"<{value.bit_length()} bits>"
 
 
 def _copy_mapping(

@@ -50,7 +50,7 @@ class _State:
     recent: RecentErrors
 
 
-class StreamAborted(ConnectionResetError):
+class StreamAbortedError(ConnectionResetError):
     """Ends a response that had begun, so that the client sees that it is not whole.
 
     Servers take a reset connection as such: they close it without the end mark of a complete body
@@ -145,7 +145,7 @@ def _bind(app: Flask, state: _State) -> None:
     app.trap_http_exception = (  # type: ignore[method-assign]
         lambda e: trap(e) or aborted_by_validation(e)
     )
-    app.log_exception = partial(  # type: ignore[method-assign,assignment]
+    app.log_exception = partial(  # type: ignore[method-assign]
         _log_for_flask, app, state
     )
     if state.config.catalogue is not None:
@@ -217,7 +217,7 @@ class _Boundary:
             _record(self._app, self._state, exception, incoming, streaming=True)
         except Exception as failure:  # noqa: BLE001 - the stream must still be ended
             _report_failure(failure)
-        raise StreamAborted from exception
+        raise StreamAbortedError from exception
 
 
 class _Body:

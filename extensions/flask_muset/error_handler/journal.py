@@ -1,4 +1,4 @@
-"""What operators learn: one log line for a fault, a sum for its repeats, the newest of each kept."""
+"""What operators learn: a log line for a fault, a sum for its repeats, the newest kept."""
 
 import threading
 import traceback
@@ -21,7 +21,7 @@ Schedule = Callable[[float, Callable[[], None]], object]
 
 
 def start_timer(delay_s: float, call: Callable[[], None]) -> None:
-    """Run `call` later; under gevent this is a greenlet, elsewhere a thread that holds up no exit."""
+    """Run `call` later; in a greenlet under gevent, else in a daemon thread."""
     timer = threading.Timer(delay_s, call)
     timer.daemon = True
     timer.start()

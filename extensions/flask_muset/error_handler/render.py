@@ -127,7 +127,7 @@ def render(
             "detail": body["message"],
             "instance": body["path"],
         }
-        return PROBLEM_TYPE, dumps(problem | body).encode()
+        return PROBLEM_TYPE, dumps({**problem, **body}).encode()
     return JSON_TYPE, dumps(body).encode()
 
 

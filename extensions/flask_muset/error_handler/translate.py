@@ -150,7 +150,7 @@ def _payload_of(exception: Any) -> list[dict[str, Any]] | None:
 
     spectree validates and aborts with a finished response, which Flask would send as it is.
     """
-    response = getattr(exception, "response", None)
+    response: Any = getattr(exception, "response", None)
     if exception.code is not None or getattr(response, "status_code", 0) not in (400, 422):
         return None
     payload = response.get_json(silent=True) if response.is_json else None
@@ -177,7 +177,7 @@ def _pydantic(exception: Any) -> MusetError:
 
 
 def _flat(messages: Any, path: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """marshmallow's nested messages as entries."""
+    """Turn nested messages, as marshmallow has them, into entries."""
     if isinstance(messages, Mapping):
         pairs = [
             entry for key, value in messages.items() for entry in _flat(value, (*path, str(key)))

@@ -1,0 +1,84 @@
+"""Claims: tests that are rows of `make prove`, and where their figures are kept."""
+
+import datetime
+import os
+from pathlib import Path
+
+import pytest
+
+_FIGURES = pytest.StashKey[list[str]]()
+_ROWS = pytest.StashKey[dict[str, tuple[str, str, str]]]()
+
+
+class Prove:
+    """What a test that proves a claim reports.
+
+    Attributes:
+        full: True in `make prove`: run the full size instead of the small one.
+    """
+
+    def __init__(self, full: bool, figures: list[str]) -> None:
+        self.full = full
+        self._figures = figures
+
+    def figure(self, text: str) -> None:
+        """Report a figure; call it before the assertion that may fail."""
+        self._figures.append(text)
+
+    def missing(self, tool: str) -> None:
+        """End the test: it cannot be measured without this tool."""
+        self._figures.append("not measured")
+        pytest.skip(f"{tool} is not installed")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--prove", action="store_true", help="run every claim at full size")
+
+
+def pytest_configure(config):
+    config.stash[_ROWS] = {}
+
+
+def pytest_collection_modifyitems(config, items):
+    proving = config.getoption("--prove")
+    keep, drop = [], []
+    for item in items:
+        is_claim = item.get_closest_marker("claim") is not None
+        is_full = item.get_closest_marker("full_only") is not None
+        (keep if (is_claim if proving else not is_full) else drop).append(item)
+    if drop:
+        config.hook.pytest_deselected(items=drop)
+        items[:] = keep
+
+
+@pytest.fixture
+def prove(request):
+    figures = request.node.stash.setdefault(_FIGURES, [])
+    return Prove(request.config.getoption("--prove"), figures)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    claim = item.get_closest_marker("claim")
+    if claim is not None and (report.when == "call" or report.outcome != "passed"):
+        verdict = {"passed": "holds", "failed": "DOES NOT HOLD"}.get(report.outcome, "not measured")
+        figure = "; ".join(item.stash.get(_FIGURES, [])) or "-"
+        item.config.stash[_ROWS][item.nodeid] = (claim.args[0], figure, verdict)
+    if os.environ.get("MUSET_FORBID_SKIPS") and report.skipped:
+        report.outcome = "failed"
+        report.longrepr = f"skipped where nothing may be missing: {report.longrepr}"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    rows = config.stash[_ROWS].values()
+    if not config.getoption("--prove"):
+        return
+    lines = ["| claim | figure | |", "|---|---|---|"]
+    lines += [f"| {claim} | {figure} | {verdict} |" for claim, figure, verdict in rows]
+    terminalreporter.section("what holds")
+    terminalreporter.write_line("\n".join(lines))
+    text = f"# Proof\n\n`make prove` on {datetime.date.today()}, {os.cpu_count()} cores.\n\n"
+    Path("build").mkdir(exist_ok=True)
+    Path("build/proof.md").write_text(text + "\n".join(lines) + "\n")
