@@ -178,8 +178,9 @@ class KeyStore(Protocol):
         prefix: str,
         digest: bytes,
         expires_at: datetime | None,
-    ) -> KeyRecord:
-        """Store a key, and its user if the address is new."""
+        only_first: bool = False,
+    ) -> KeyRecord | None:
+        """Store a key, and its user if the address is new; None if it should be the first."""
         ...
 
     def find(self, prefix: str) -> Sequence[KeyRecord]:
@@ -191,7 +192,11 @@ class KeyStore(Protocol):
         ...
 
     def revoke(self, key_id: int, at: datetime) -> bool:
-        """Withdraw a key; False if there is none with this id."""
+        """Withdraw a key; False if there is none with this id that still holds."""
+        ...
+
+    def user_id(self, email: str) -> int:
+        """The id of a user, made if the address is new."""
         ...
 
 

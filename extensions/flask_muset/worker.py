@@ -1,0 +1,81 @@
+"""A gevent worker for gunicorn that is fair to new connections.
+
+gevent tries a read before it waits. A kept connection whose next request is in the socket's buffer
+already therefore goes from one request to the next without ever giving the hub a turn, as long as
+its client is quick; new connections and all others wait. One turn of the hub for each request cures
+that: the greenlet queues behind every other that is ready, and the hub polls the sockets, the
+listening one too, between two rounds. Requests are then served in the order in which they arrived.
+The turn is taken after the head of the request is read and before the application runs.
+
+    worker_class = "flask_muset.worker.FairGeventWorker"
+
+Needs the extra `worker`.
+"""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import gevent
+from gunicorn.workers.ggevent import GeventWorker
+
+__all__ = ["FairGeventWorker", "draining"]
+
+_draining = False
+
+
+def draining() -> bool:
+    """Whether this process has been asked to stop and is finishing its last requests."""
+    return _draining
+
+
+class FairGeventWorker(GeventWorker):  # type: ignore[misc]
+    """One hub turn per request; a stop waits for running requests and for nothing else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._idle: dict[Any, gevent.Greenlet] = {}
+
+    def init_signals(self) -> None:
+        """Ctrl-C reaches the whole process group; what it means is for the master to say."""
+        super().init_signals()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        """Give every other ready greenlet its turn, then serve."""
+        gevent.sleep(0)
+        return super().handle_request(listener_name, req, sock, addr)
+
+    def timeout_ctx(self) -> "_Waiting":
+        """What a connection waits in for its next request."""
+        return _Waiting(self.cfg.keepalive, self._idle)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop: close the connections that wait, let the running requests end."""
+        global _draining  # noqa: PLW0603 - one worker is one process
+        _draining = True
+        super().handle_exit(sig, frame)
+        gevent.spawn(self._close_idle)
+
+    def _close_idle(self) -> None:
+        for waiting, greenlet in list(self._idle.items()):
+            # It may have got its request meanwhile.
+            if waiting in self._idle:
+                greenlet.throw(waiting)
+
+
+class _Waiting(gevent.Timeout):  # type: ignore[misc]
+    """The keep-alive time-out, known to the worker while a connection waits in it."""
+
+    def __init__(self, seconds: float, idle: dict[Any, gevent.Greenlet]) -> None:
+        super().__init__(seconds, False)
+        self._idle = idle
+
+    def __enter__(self) -> "_Waiting":
+        self._idle[self] = gevent.getcurrent()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc_info: Any) -> Any:
+        self._idle.pop(self, None)
+        return super().__exit__(*exc_info)

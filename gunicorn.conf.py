@@ -1,0 +1,37 @@
+"""gunicorn's configuration: the only place that monkey-patches, and all hooks.
+
+Patching comes first, so that nothing keeps an unpatched lock or socket, preloaded or not.
+"""
+
+from gevent import monkey
+
+monkey.patch_all()
+
+import logging  # noqa: E402
+import os  # noqa: E402
+
+from muset.settings import load_settings  # noqa: E402
+
+_settings = load_settings()
+logging.basicConfig(level=_settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+
+bind = [f"{_settings.host}:{_settings.port}"]
+workers = _settings.web_concurrency
+worker_class = "flask_muset.worker.FairGeventWorker"
+worker_connections = 1000
+preload_app = True
+backlog = 2048
+keepalive = 20
+graceful_timeout = 30
+# A heartbeat of the hub, no limit on a request.
+timeout = 60
+worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+# gunicorn would open a socket below the home directory, which may be read-only.
+control_socket_disable = True
+errorlog = "-"
+loglevel = _settings.log_level.lower()
+
+
+def on_starting(server):
+    """Ctrl-C stops like SIGTERM: running requests end, the exit code is 0."""
+    server.handle_int = server.handle_term

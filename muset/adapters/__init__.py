@@ -1,0 +1,1 @@
+"""One outside system per file; `muset.app` chooses them."""

@@ -1,0 +1,120 @@
+"""Keys and users in the database."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Select, insert, select, update
+
+from muset.adapters.sqlite import Database
+from muset.models import Key, User
+from muset.ports import KeyRecord, Role
+
+__all__ = ["SqliteKeyStore"]
+
+
+def _utc(moment: datetime | None) -> datetime | None:
+    return None if moment is None else moment.replace(tzinfo=UTC)
+
+
+def _naive(moment: datetime | None) -> datetime | None:
+    """SQLite has no time zones; what is stored is UTC."""
+    return None if moment is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def _query() -> Select[Any]:
+    return select(
+        Key.id,
+        Key.user_id,
+        User.email,
+        Key.role,
+        Key.prefix,
+        Key.digest,
+        Key.created_at,
+        Key.expires_at,
+        Key.revoked_at,
+    ).join(User, User.id == Key.user_id)
+
+
+def _record(row: Any) -> KeyRecord:
+    created: datetime = row.created_at.replace(tzinfo=UTC)
+    return KeyRecord(
+        id=row.id,
+        user_id=row.user_id,
+        email=row.email,
+        role=Role(row.role),
+        prefix=row.prefix,
+        digest=row.digest,
+        created_at=created,
+        expires_at=_utc(row.expires_at),
+        revoked_at=_utc(row.revoked_at),
+    )
+
+
+def user_id_of(connection: Connection, email: str) -> int:
+    """The id of a user, made if the address is new."""
+    found = connection.execute(select(User.id).where(User.email == email)).scalar_one_or_none()
+    if found is not None:
+        return found
+    values = {"email": email, "created_at": _naive(datetime.now(UTC))}
+    made = connection.execute(insert(User).values(values)).inserted_primary_key
+    return int(made[0]) if made else 0
+
+
+class SqliteKeyStore:
+    """Implements `muset.ports.KeyStore`."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def create(
+        self,
+        *,
+        email: str,
+        role: Role,
+        prefix: str,
+        digest: bytes,
+        expires_at: datetime | None,
+        only_first: bool = False,
+    ) -> KeyRecord | None:
+        """Store a key, and its user if the address is new; None if it should be the first."""
+
+        def work(connection: Connection) -> KeyRecord | None:
+            holding = select(Key.id).where(Key.revoked_at.is_(None)).limit(1)
+            if only_first and connection.execute(holding).first() is not None:
+                return None
+            values = {
+                "user_id": user_id_of(connection, email),
+                "role": role.value,
+                "prefix": prefix,
+                "digest": digest,
+                "created_at": _naive(datetime.now(UTC)),
+                "expires_at": _naive(expires_at),
+            }
+            connection.execute(insert(Key).values(values))
+            return _record(connection.execute(_query().where(Key.digest == digest)).one())
+
+        return self._database.write(work)
+
+    def find(self, prefix: str) -> Sequence[KeyRecord]:
+        """All keys with this prefix, revoked and expired ones too."""
+        query = _query().where(Key.prefix == prefix)
+        return self._database.read(lambda c: [_record(row) for row in c.execute(query)])
+
+    def list(self) -> Sequence[KeyRecord]:
+        """All keys, the newest last."""
+        query = _query().order_by(Key.id)
+        return self._database.read(lambda c: [_record(row) for row in c.execute(query)])
+
+    def revoke(self, key_id: int, at: datetime) -> bool:
+        """Withdraw a key; False if there is none with this id that still holds."""
+        change = (
+            update(Key)
+            .where(Key.id == key_id, Key.revoked_at.is_(None))
+            .values(revoked_at=_naive(at))
+        )
+        return self._database.write(lambda c: c.execute(change).rowcount == 1)
+
+    def user_id(self, email: str) -> int:
+        """The id of a user, made if the address is new."""
+        return self._database.write(lambda c: user_id_of(c, email))

@@ -1,0 +1,127 @@
+"""Documents: in, listed, out."""
+
+from pathlib import PurePath
+from typing import Any
+
+from flask import Blueprint, Response, current_app, jsonify, request
+from spectree import Response as Described
+
+from flask_muset.errors import MusetError, ValidationError
+from muset.blueprints.auth import principal, require_key
+from muset.blueprints.openapi import spec
+from muset.blueprints.schemas import (
+    DocumentForm,
+    DocumentIn,
+    DocumentList,
+    DocumentOut,
+    DocumentWithText,
+    PageQuery,
+)
+from muset.ports import Document
+from muset.services.documents import DocumentService
+
+__all__ = ["blueprint"]
+
+blueprint = Blueprint("documents", __name__, url_prefix="/api/v1/documents")
+blueprint.before_request(require_key)
+
+_SUFFIXES = (".txt", ".text", ".md", ".markdown")
+_TYPES = ("text/plain", "text/markdown", "text/x-markdown", "application/octet-stream")
+
+
+def _service() -> DocumentService:
+    service: DocumentService = current_app.extensions["muset"].documents
+    return service
+
+
+def _summary(document: Document) -> dict[str, Any]:
+    return {
+        "id": document.id,
+        "title": document.title,
+        "sha256": document.sha256,
+        "passages": document.passages,
+        "characters": document.characters,
+        "created_at": document.created_at.isoformat(),
+    }
+
+
+def _unsupported(what: str) -> MusetError:
+    error = ValidationError(
+        what, user_message="Only text and Markdown (.txt, .md) are read.", details={"got": what}
+    )
+    error.status = 415
+    return error
+
+
+def _from_form() -> tuple[str, str]:
+    """Title and text of an uploaded file."""
+    file = request.files.get("file")
+    if file is None:
+        raise ValidationError("send the document as the file named 'file'", field="file")
+    name = PurePath((file.filename or "").replace("\\", "/")).name
+    suffix = PurePath(name).suffix.lower()
+    if suffix and suffix not in _SUFFIXES:
+        raise _unsupported(suffix)
+    if file.mimetype and file.mimetype not in _TYPES:
+        raise _unsupported(file.mimetype)
+    try:
+        text = file.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValidationError(
+            f"is not UTF-8: byte {error.start} cannot be read; save the file as UTF-8",
+            field="file",
+        ) from None
+    return request.form.get("title") or PurePath(name).stem or "Untitled", text
+
+
+@blueprint.post("")
+@spec.validate(
+    json=DocumentIn,
+    form=DocumentForm,
+    resp=Described(HTTP_201=DocumentOut, HTTP_200=DocumentOut),
+    tags=["documents"],
+)
+def add() -> Response:
+    """Store and index a text; it can be asked about when this answers.
+
+    The same text by the same user is kept once: 200 with the document that is there.
+    """
+    if request.files or request.mimetype == "multipart/form-data":
+        title, text = _from_form()
+    else:
+        body: DocumentIn = request.context.json  # type: ignore[attr-defined]
+        title, text = body.title, body.text
+    document, is_new = _service().add(principal(), title, text)
+    response = jsonify(_summary(document))
+    response.status_code = 201 if is_new else 200
+    if is_new:
+        response.headers["Location"] = f"{request.script_root}/api/v1/documents/{document.id}"
+    return response
+
+
+@blueprint.get("")
+@spec.validate(query=PageQuery, resp=Described(HTTP_200=DocumentList), tags=["documents"])
+def list_documents() -> Response:
+    """All documents in the order of their ids, without their texts."""
+    page: PageQuery = request.context.query  # type: ignore[attr-defined]
+    found, after = _service().list(page.limit, int(page.cursor or 0))
+    cursor = None if after is None else str(after)
+    return jsonify({"items": [_summary(d) for d in found], "next_cursor": cursor})
+
+
+@blueprint.get("/<int:document_id>")
+@spec.validate(resp=Described("HTTP_304", HTTP_200=DocumentWithText), tags=["documents"])
+def get(document_id: int) -> Response:
+    """One document with its text."""
+    document = _service().get(document_id)
+    response = jsonify({**_summary(document), "text": document.text})
+    response.set_etag(document.sha256)
+    return response.make_conditional(request)  # type: ignore[return-value]
+
+
+@blueprint.delete("/<int:document_id>")
+@spec.validate(resp=Described("HTTP_204"), tags=["documents"])
+def delete(document_id: int) -> Response:
+    """Forget a document; it is never cited again. Only its owner or an admin may."""
+    _service().delete(principal(), document_id)
+    return Response(status=204)

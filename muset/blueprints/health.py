@@ -1,0 +1,53 @@
+"""Whether the process lives, and whether it can work."""
+
+import sys
+
+from flask import Blueprint, Response, current_app, jsonify
+from spectree import Response as Described
+
+from muset.blueprints.openapi import spec
+from muset.blueprints.schemas import Live, Ready
+from muset.ports import Probe
+
+__all__ = ["blueprint"]
+
+blueprint = Blueprint("health", __name__, url_prefix="/health")
+
+_PROBE_TIMEOUT_S = 0.25
+
+
+@blueprint.get("/live")
+@spec.validate(resp=Described(HTTP_200=Live), tags=["health"])
+def live() -> Response:
+    """The process answers; nothing else is touched."""
+    return jsonify({"status": "alive"})
+
+
+@blueprint.get("/ready")
+@spec.validate(resp=Described(HTTP_200=Ready, HTTP_503=Ready), tags=["health"])
+def ready() -> Response:
+    """Whether requests should be sent here."""
+    checks, reasons = {}, []
+    for probe in current_app.extensions["muset"].probes:
+        checks[probe.name] = _state_of(probe)
+        if checks[probe.name] != "ok":
+            reasons.append(f"the {probe.name} does not answer")
+    status = "unavailable" if reasons else "ready"
+    worker = sys.modules.get("flask_muset.worker")
+    if worker is not None and worker.draining():
+        status, reasons = "draining", ["the process is stopping"]
+    response = jsonify({"status": status, "reasons": reasons, "checks": checks})
+    response.status_code = 200 if status == "ready" else 503
+    if status != "ready":
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _state_of(probe: Probe) -> str:
+    """The reason stays in the log: it may name hosts and paths."""
+    try:
+        probe.check(_PROBE_TIMEOUT_S)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the part is not ready
+        current_app.logger.warning("%s is not ready: %s", probe.name, type(error).__name__)
+        return "failed"
+    return "ok"

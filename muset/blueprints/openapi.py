@@ -1,0 +1,100 @@
+"""The OpenAPI document of exactly what is served, and its page."""
+
+from typing import Any
+
+from flask import Blueprint, Flask, Response, jsonify, request
+from flask_swagger_ui import get_swaggerui_blueprint
+from spectree import SecurityScheme, SpecTree
+from spectree.models import SecureType, SecuritySchemeData
+
+from flask_muset.error_handler import openapi_components
+from flask_muset.errors import TABLE, ErrorCategory
+from muset import __version__
+
+__all__ = ["make_blueprint", "make_docs", "spec"]
+
+PATH = "/api/v1/openapi.json"
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+def _before(_request: Any, _response: Any, error: Any, _instance: Any, _adapter: Any) -> None:
+    """Raise what spectree found, so that ErrorHandler answers it like every other error."""
+    if error is None:
+        return
+    if request.method == "POST" and request.mimetype not in _FORMS:
+        request.get_json()  # a body that cannot be read at all is a 400 or 415
+    raise error
+
+
+spec = SpecTree(
+    "flask",
+    title="Muset",
+    version=__version__,
+    mode="strict",
+    annotations=False,
+    before=_before,
+    security_schemes=[
+        SecurityScheme(name="key", data=SecuritySchemeData(type=SecureType.HTTP, scheme="bearer"))
+    ],
+)
+
+_ALWAYS = (ErrorCategory.INTERNAL, ErrorCategory.DATABASE)
+
+
+def _statuses(path: str, operation: dict[str, Any]) -> dict[str, ErrorCategory]:
+    """The errors that an operation may answer, by status."""
+    found = {"500": ErrorCategory.INTERNAL}
+    if path.startswith("/health/"):
+        return {}
+    found |= {"401": ErrorCategory.AUTHENTICATION, "503": ErrorCategory.DATABASE}
+    if "requestBody" in operation:
+        found |= dict.fromkeys(("400", "413", "415", "422"), ErrorCategory.VALIDATION)
+    if operation.get("parameters"):
+        found["422"] = ErrorCategory.VALIDATION
+    if "{" in path:
+        found["404"] = ErrorCategory.NOT_FOUND
+    if "/admin/" in path or operation.get("x-owner"):
+        found["403"] = ErrorCategory.AUTHORIZATION
+    return found
+
+
+def document(app: Flask) -> dict[str, Any]:
+    """Spectree's document with the errors, which are the table's, and the keys."""
+    with app.app_context():
+        spec.app = app
+        made: dict[str, Any] = spec._generate_spec()
+    components = made.setdefault("components", {})
+    for kind, entries in openapi_components().items():
+        components.setdefault(kind, {}).update(entries)
+    for path, item in made["paths"].items():
+        for operation in item.values():
+            for status, category in _statuses(path, operation).items():
+                answer = {"$ref": f"#/components/responses/{TABLE[category].error}"}
+                operation["responses"][status] = answer
+            if path.startswith("/api/"):
+                operation["security"] = [{"key": []}]
+            operation.pop("x-owner", None)
+    return made
+
+
+def make_blueprint(app: Flask) -> Blueprint:
+    """The document, made at the first request and kept."""
+    blueprint = Blueprint("openapi", __name__)
+    kept: list[dict[str, Any]] = []
+
+    @blueprint.get(PATH)
+    def openapi() -> Response:
+        """The OpenAPI document."""
+        if not kept:
+            kept.append(document(app))
+        return jsonify(kept[0])
+
+    return blueprint
+
+
+def make_docs() -> Blueprint:
+    """Swagger UI from the package's own files: no other host is asked for anything."""
+    page: Blueprint = get_swaggerui_blueprint(
+        "/docs", PATH, config={"app_name": "Muset", "validatorUrl": None, "deepLinking": True}
+    )
+    return page

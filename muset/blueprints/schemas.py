@@ -1,0 +1,164 @@
+"""What goes in and out, as pydantic models; the OpenAPI document is made of them."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+__all__ = [
+    "AskIn",
+    "AskOut",
+    "DocumentForm",
+    "DocumentIn",
+    "DocumentList",
+    "DocumentOut",
+    "DocumentWithText",
+    "ErrorList",
+    "KeptError",
+    "Live",
+    "PageQuery",
+    "Ready",
+]
+
+_MAX_ID = (1 << 63) - 1
+Id = Annotated[int, Field(ge=1, le=_MAX_ID)]
+Title = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class _In(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class DocumentIn(_In):
+    """A text to store."""
+
+    title: Title
+    text: Annotated[str, StringConstraints(min_length=1)]
+
+
+class DocumentForm(BaseModel):
+    """A text or Markdown file in UTF-8; without a title the file's name is taken."""
+
+    file: Annotated[Any, Field(json_schema_extra={"type": "string", "format": "binary"})]
+    title: Title | None = None
+
+
+class PageQuery(BaseModel):
+    """Which page of a list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: Annotated[int, Field(ge=1, le=100)] = 50
+    cursor: Annotated[str, StringConstraints(pattern=r"^[0-9]{1,18}$")] | None = None
+
+
+class DocumentOut(BaseModel):
+    """A stored document."""
+
+    id: int
+    title: str
+    sha256: str
+    passages: int
+    characters: int
+    created_at: datetime
+
+
+class DocumentWithText(DocumentOut):
+    """A stored document with its text, as it was sent."""
+
+    text: str
+
+
+class DocumentList(BaseModel):
+    """A page of documents."""
+
+    items: list[DocumentOut]
+    next_cursor: str | None
+
+
+class AskIn(_In):
+    """A question about the stored documents."""
+
+    question: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    document_ids: Annotated[list[Id], Field(min_length=1, max_length=100)] | None = None
+    k: Annotated[int, Field(ge=1, le=20)] = 8
+    model: Annotated[str, StringConstraints(min_length=1, max_length=100)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=8192)] | None = None
+    allow_degraded: bool = True
+
+
+class CitationOut(BaseModel):
+    """A verbatim quote: `quote` is the document's text[start:end], in code points."""
+
+    document_id: int
+    title: str
+    start: int
+    end: int
+    quote: str
+
+
+class AttemptOut(BaseModel):
+    """One call of a provider."""
+
+    provider: str
+    model: str
+    outcome: str
+    wait_s: float
+    duration_s: float
+
+
+class UsageOut(BaseModel):
+    """Billed tokens."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class AskOut(BaseModel):
+    """An answer with its sources."""
+
+    answer: str
+    status: Literal["answered", "unsure", "degraded"]
+    citations: list[CitationOut]
+    attempts: list[AttemptOut]
+    usage: UsageOut
+    model: str
+    cached: bool
+
+
+class KeptError(BaseModel):
+    """The newest occurrences of one fault in this process."""
+
+    fingerprint: str
+    type: str
+    error: str
+    category: str
+    severity: str
+    status: int
+    place: str
+    message: str
+    traceback: str | None
+    count: int
+    last_seen: str
+    newest: list[dict[str, Any]]
+
+
+class ErrorList(BaseModel):
+    """The newest errors, the one that happened last first."""
+
+    items: list[KeptError]
+    next_cursor: None = None
+
+
+class Live(BaseModel):
+    """The process answers."""
+
+    status: Literal["alive"]
+
+
+class Ready(BaseModel):
+    """Whether the service can work, and why not."""
+
+    status: Literal["ready", "degraded", "draining", "unavailable"]
+    reasons: list[str]
+    checks: dict[str, str]

@@ -1,0 +1,298 @@
+"""The command `muset`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 the documents do not answer the question.
+"""
+
+import json
+import os
+import re
+import socket
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+from sqlalchemy.exc import SQLAlchemyError
+
+from flask_muset.errors import MusetError
+from muset import __version__, migrations
+from muset.app import Services, make_services
+from muset.ports import AnswerStatus, Principal, Role
+from muset.settings import SETTINGS, Settings, SettingsError, load_settings
+
+__all__ = ["main"]
+
+_ADMIN = "admin@localhost"
+_UNSURE = 3
+_TEXTS = (".txt", ".text", ".md", ".markdown")
+_LIFETIME = re.compile(r"([1-9][0-9]{0,4})([dhm])")
+_UNITS = {"d": "days", "h": "hours", "m": "minutes"}
+
+
+def _fail(text: str, code: int = 1) -> None:
+    click.echo(f"Error: {text}", err=True)
+    sys.exit(code)
+
+
+def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn expected faults into one line and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except SettingsError as error:
+            return _fail(str(error), 2)
+        except MusetError as error:
+            entries = [f"{e['field']}: {e['message']}" for e in error.errors if e["field"]]
+            return _fail("; ".join(entries) or error.message or error.user_message)
+        except SQLAlchemyError as error:
+            return _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
+        except OSError as error:
+            return _fail(str(error))
+
+    return run
+
+
+@click.group(help="Documents in, questions, cited answers out.")
+@click.version_option(__version__)
+def main() -> None:
+    """The entry point."""
+
+
+def _open(settings: Settings) -> Services:
+    """The services on a database that has the newest schema."""
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    services = make_services(settings)
+    services.database.write(migrations.upgrade)
+    return services
+
+
+# --- serve ----------------------------------------------------------------------------------------
+
+
+def _root() -> Path:
+    """The folder with gunicorn.conf.py: the checkout that holds this package, else the current."""
+    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
+        if (folder / "gunicorn.conf.py").is_file() and (folder / "wsgi.py").is_file():
+            return folder
+    raise click.ClickException(
+        "gunicorn.conf.py and wsgi.py are not here; run `muset serve` in Muset's folder."
+    )
+
+
+def _check_port(settings: Settings) -> None:
+    """Say it before a key is printed that nobody can use yet."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            _fail(
+                f"cannot listen on {settings.host}:{settings.port} ({error.strerror}); "
+                "stop what uses it, or set PORT or MUSET_HOST."
+            )
+
+
+def _announce(key: str) -> None:
+    click.echo(f"Admin key: {key}")
+    click.echo("It is shown once; keep it.")
+    sys.stdout.flush()
+
+
+@main.command()
+@_guarded
+def serve() -> None:
+    """Migrate the database, make the first admin key, and serve with gunicorn."""
+    settings = load_settings()
+    root = _root()
+    _check_port(settings)
+    services = _open(settings)
+    if settings.admin_key is not None:
+        services.keys.install(settings.admin_key, _ADMIN)
+        key = None
+    else:
+        key = services.keys.first_admin_key(_ADMIN, _announce)
+    services.database.close()
+    base = f"http://{settings.host}:{settings.port}"
+    header = f'-H "Authorization: Bearer {key or "$MUSET_KEY"}"'
+    click.echo(f"Docs: {base}/docs/")
+    click.echo("Put a document in, then ask about it:")
+    click.echo(f"  curl -s {base}/api/v1/documents {header} -F file=@README.md")
+    click.echo(
+        f"  curl -s {base}/api/v1/ask {header} -H 'Content-Type: application/json' "
+        """-d '{"question": "What does Muset do?"}'"""
+    )
+    sys.stdout.flush()
+    # Paths in the environment are relative to where the command was given.
+    os.environ["MUSET_DATA_DIR"] = str(settings.data_dir)
+    command = [sys.executable, "-m", "gunicorn", "-c", str(root / "gunicorn.conf.py")]
+    os.execv(sys.executable, [*command, "--chdir", str(root), "wsgi:app"])  # noqa: S606
+
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+@main.group()
+def keys() -> None:
+    """Make, list and withdraw keys."""
+
+
+def _lifetime(text: str | None) -> timedelta | None:
+    if text is None:
+        return None
+    match = _LIFETIME.fullmatch(text)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no time; write 90d, 12h or 30m.")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})
+
+
+@keys.command("create")
+@click.option("--user", required=True, metavar="EMAIL", help="Whose key it is.")
+@click.option("--role", required=True, type=click.Choice([role.value for role in Role]))
+@click.option("--expires", metavar="TIME", help="How long it holds: 90d, 12h or 30m.")
+@_guarded
+def create_key(user: str, role: str, expires: str | None) -> None:
+    """Make a key; it is printed alone on the last line and cannot be shown again."""
+    lifetime = _lifetime(expires)
+    key = _open(load_settings()).keys.create(user, Role(role), lifetime)
+    click.echo(f"A {role} key for {user}:")
+    click.echo(key)
+
+
+@keys.command("list")
+@_guarded
+def list_keys() -> None:
+    """List all keys by their first letters."""
+    for record in _open(load_settings()).keys.list():
+        state = "withdrawn" if record.revoked_at else f"until {record.expires_at or 'withdrawn'}"
+        click.echo(f"{record.id}\tmsk_{record.prefix}...\t{record.role}\t{record.email}\t{state}")
+
+
+@keys.command("revoke")
+@click.argument("key_id", type=int)
+@_guarded
+def revoke_key(key_id: int) -> None:
+    """Withdraw a key."""
+    _open(load_settings()).keys.revoke(key_id)
+    click.echo(f"Key {key_id} is withdrawn.")
+
+
+@keys.command("rotate")
+@click.argument("key_id", type=int)
+@_guarded
+def rotate_key(key_id: int) -> None:
+    """Withdraw a key and make another one like it, printed alone on the last line."""
+    key = _open(load_settings()).keys.rotate(key_id)
+    click.echo(f"Key {key_id} is withdrawn; in its place:")
+    click.echo(key)
+
+
+# --- documents and questions ----------------------------------------------------------------------
+
+
+def _files(paths: Iterable[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in _TEXTS)
+        else:
+            found.append(path)
+    return found
+
+
+def _owner(services: Services, email: str) -> Principal:
+    return Principal(user_id=services.keys.user_id(email), key_id=0, role=Role.ADMIN)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--user", default=_ADMIN, metavar="EMAIL", show_default=True, help="The owner.")
+@_guarded
+def ingest(paths: tuple[Path, ...], user: str) -> None:
+    """Store and index text and Markdown files, and folders of them."""
+    services = _open(load_settings())
+    who = _owner(services, user)
+    files, failures, stored = _files(paths), [], 0
+    with click.progressbar(files, label="Indexing", file=sys.stderr) as bar:
+        for path in bar:
+            try:
+                if path.suffix.lower() not in _TEXTS:
+                    raise ValueError("only .txt and .md files are read")
+                text = path.read_bytes().decode("utf-8")
+                stored += services.documents.add(who, path.stem, text)[1]
+            except MusetError as error:
+                failures.append((path, error.message or error.user_message))
+            except (OSError, ValueError) as error:
+                failures.append((path, str(error)))
+    for path, reason in failures:
+        click.echo(f"{path}: {reason}", err=True)
+    known = len(files) - stored - len(failures)
+    click.echo(f"{stored} stored, {known} known already, {len(failures)} failed.")
+    if failures or not files:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("question")
+@click.option("--document", "documents", type=int, multiple=True, help="Use these ids alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+@_guarded
+def ask(question: str, documents: tuple[int, ...], as_json: bool) -> None:
+    """Answer a question from the stored documents."""
+    answer = _open(load_settings()).ask.ask(question, document_ids=list(documents) or None)
+    if as_json:
+        citations = [
+            {
+                "document_id": c.document_id,
+                "title": c.title,
+                "start": c.start,
+                "end": c.end,
+                "quote": c.quote,
+            }
+            for c in answer.citations
+        ]
+        payload = {"answer": answer.text, "status": answer.status, "citations": citations}
+        click.echo(json.dumps(payload))
+    else:
+        click.echo(answer.text)
+        for c in answer.citations:
+            click.echo(f"  [{c.document_id}] {c.title}, characters {c.start} to {c.end}")
+    if answer.status is AnswerStatus.UNSURE:
+        sys.exit(_UNSURE)
+
+
+# --- settings and database ------------------------------------------------------------------------
+
+
+@main.command("settings")
+@_guarded
+def show_settings() -> None:
+    """Print every setting with its value, where it is from and what it means."""
+    settings = load_settings()
+    for setting in SETTINGS:
+        note = "" if setting.used else " (nothing uses it yet)"
+        source = settings.sources.get(setting.name, "default")
+        click.echo(f"{setting.name}={settings.shown(setting)}")
+        click.echo(f"    {source}; {setting.meaning}{note}")
+
+
+@main.group()
+def db() -> None:
+    """Look after the database."""
+
+
+@db.command("upgrade")
+@_guarded
+def upgrade() -> None:
+    """Bring the schema to the newest version."""
+    _open(load_settings())
+    click.echo("The database has the newest schema.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""A question, the passages that speak about it, and an answer from a provider."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from flask_muset.errors import ValidationError
+from muset.ports import AnswerStatus, Citation, DocumentStore, Provider
+
+__all__ = ["Answer", "AskService", "Attempt"]
+
+UNSURE = "The documents do not say enough about this."
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call of a provider; times in seconds."""
+
+    provider: str
+    model: str
+    outcome: str
+    wait_s: float
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer and how it came about."""
+
+    text: str
+    status: AnswerStatus
+    citations: tuple[Citation, ...]
+    attempts: tuple[Attempt, ...]
+    input_tokens: int
+    output_tokens: int
+    model: str
+
+
+class AskService:
+    """Answers from the stored documents.
+
+    Args:
+        documents: Where passages are found.
+        provider: What makes an answer of them.
+        clock: Seconds that never go back.
+    """
+
+    def __init__(
+        self, documents: DocumentStore, provider: Provider, clock: Callable[[], float]
+    ) -> None:
+        self._documents = documents
+        self._provider = provider
+        self._clock = clock
+
+    def ask(
+        self,
+        question: str,
+        *,
+        document_ids: Sequence[int] | None = None,
+        k: int = 8,
+        model: str | None = None,
+        max_tokens: int | None = None,
+    ) -> Answer:
+        """Answer a question.
+
+        Args:
+            question: Any text that is not blank.
+            document_ids: Use these documents alone; None uses all.
+            k: Passages that the provider gets at most.
+            model: One that the provider has; None takes its first.
+            max_tokens: Length of the answer at most.
+
+        Raises:
+            ValidationError: The question is blank, or a model or document does not exist.
+        """
+        if not question.strip():
+            raise ValidationError("must not be blank", field="question")
+        chosen = self._model(model)
+        if document_ids is not None:
+            missing = sorted(set(document_ids) - self._documents.existing(document_ids))
+            if missing:
+                raise ValidationError(f"unknown ids {missing}", field="document_ids")
+        retrieval = self._documents.search(question, k=k, document_ids=document_ids)
+        began = self._clock()
+        result = self._provider.answer(question, retrieval, model=chosen, max_tokens=max_tokens)
+        attempt = Attempt(self._provider.name, chosen, "success", 0.0, self._clock() - began)
+        return Answer(
+            text=result.text or UNSURE,
+            status=result.status,
+            citations=result.citations,
+            attempts=(attempt,),
+            input_tokens=result.input_tokens,
+            output_tokens=result.output_tokens,
+            model=chosen,
+        )
+
+    def _model(self, model: str | None) -> str:
+        if model is None:
+            return self._provider.models[0]
+        if model not in self._provider.models:
+            known = ", ".join(self._provider.models)
+            raise ValidationError(f"must be one of: {known}", field="model")
+        return model

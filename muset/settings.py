@@ -1,0 +1,309 @@
+"""The settings of the service: the environment, typed and checked. Its only reader."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+__all__ = ["SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
+
+HIDDEN = "********"
+
+
+class SettingsError(ValueError):
+    """One or more variables are not allowed; the text names each with its cure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One environment variable.
+
+    Attributes:
+        name: Of the variable.
+        default: What holds without it, in its final type.
+        parse: Makes the value of the text, or raises ValueError with what is expected.
+        meaning: One sentence for people.
+        secret: Never shown; may come from the file that `<name>_FILE` names.
+        used: False while nothing in the service acts on it.
+    """
+
+    name: str
+    default: Any
+    parse: Callable[[str], Any]
+    meaning: str
+    secret: bool = False
+    used: bool = True
+
+
+def _boolean(text: str) -> bool:
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise ValueError("true or false")
+    return known[text.lower()]
+
+
+def _integer(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        expected = f"a whole number from {low} to {high}"
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(expected) from None
+        if not low <= value <= high:
+            raise ValueError(expected)
+        return value
+
+    return parse
+
+
+def _seconds(low: float, high: float) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        expected = f"seconds from {low:g} to {high:g}"
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError(expected) from None
+        if not low <= value <= high:
+            raise ValueError(expected)
+        return value
+
+    return parse
+
+
+def _choice(*allowed: str, upper: bool = False) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        value = text.upper() if upper else text.lower()
+        if value not in allowed:
+            raise ValueError("one of " + ", ".join(allowed))
+        return value
+
+    return parse
+
+
+def _text(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("printable text")
+    return text
+
+
+def _url(*schemes: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if urlsplit(text).scheme not in schemes:
+            raise ValueError("a URL that begins with " + " or ".join(f"{s}://" for s in schemes))
+        return text
+
+    return parse
+
+
+def _database_url(text: str) -> str:
+    if not text.startswith("sqlite:///") or text == "sqlite:///" or ":memory:" in text:
+        raise ValueError("the URL of an SQLite file, such as sqlite:////var/lib/muset/muset.db")
+    return text
+
+
+def _admin_key(text: str) -> str:
+    if not (text.startswith("msk_") and len(text) >= 47 and text.isascii() and text.isprintable()):
+        raise ValueError("msk_ and at least 43 random letters, as `muset keys create` makes them")
+    return text
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "LOG_LEVEL",
+        "INFO",
+        _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", upper=True),
+        "The least level that is logged.",
+    ),
+    Setting("LOG_FORMAT", "json", _choice("json", "text"), "Form of a log line.", used=False),
+    Setting(
+        "LOG_FILE", "/var/log/muset/app.log", _text, "A file beside standard error.", used=False
+    ),
+    Setting("ENABLE_METRICS", True, _boolean, "Whether metrics are kept.", used=False),
+    Setting(
+        "METRICS_PORT", 9090, _integer(0, 65535), "Port of the metrics, 0 for none.", used=False
+    ),
+    Setting(
+        "REQUEST_TIMEOUT", 30.0, _seconds(0.1, 3600), "Deadline of a request, seconds.", used=False
+    ),
+    Setting(
+        "MAX_CONCURRENT_REQUESTS",
+        100,
+        _integer(1, 100_000),
+        "Requests at once in one worker process.",
+        used=False,
+    ),
+    Setting(
+        "RATE_LIMIT_REQUESTS_PER_MINUTE",
+        60,
+        _integer(0, 1_000_000),
+        "Requests a minute of one key, 0 for no limit.",
+        used=False,
+    ),
+    Setting("ENABLE_CIRCUIT_BREAKER", True, _boolean, "Whether breakers may open.", used=False),
+    Setting(
+        "CIRCUIT_BREAKER_THRESHOLD",
+        5,
+        _integer(1, 10_000),
+        "Failures in a row that open a breaker.",
+        used=False,
+    ),
+    Setting(
+        "CIRCUIT_BREAKER_TIMEOUT",
+        60.0,
+        _seconds(0.1, 86_400),
+        "Seconds that a breaker stays open.",
+        used=False,
+    ),
+    Setting("MAX_RETRIES", 3, _integer(0, 100), "Retries after the first call.", used=False),
+    Setting(
+        "RETRY_INITIAL_DELAY", 1.0, _seconds(0, 3600), "First wait at most, seconds.", used=False
+    ),
+    Setting("RETRY_MAX_DELAY", 60.0, _seconds(0, 3600), "Any wait at most, seconds.", used=False),
+    Setting(
+        "REDIS_URL",
+        None,
+        _url("redis", "rediss", "unix"),
+        "Redis for many workers; unset means embedded.",
+        secret=True,
+        used=False,
+    ),
+    Setting(
+        "REDIS_MAX_CONNECTIONS",
+        10,
+        _integer(1, 10_000),
+        "Connections to Redis of one worker process.",
+        used=False,
+    ),
+    Setting("MUSET_HOST", "127.0.0.1", _text, "Address that the service listens on."),
+    Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
+    Setting("WEB_CONCURRENCY", 1, _integer(1, 1024), "Worker processes."),
+    Setting("MUSET_DATA_DIR", "data", _text, "Folder of everything that is kept."),
+    Setting(
+        "DATABASE_URL",
+        None,
+        _database_url,
+        "The database; unset means muset.db in the data folder.",
+        secret=True,
+    ),
+    Setting(
+        "MUSET_ADMIN_KEY", None, _admin_key, "An admin key that the start installs.", secret=True
+    ),
+    Setting(
+        "MUSET_MAX_DOCUMENT_BYTES",
+        10 * 1024 * 1024,
+        _integer(1024, 1 << 30),
+        "Size of a document at most, in bytes of UTF-8.",
+    ),
+)
+
+
+def _default_values() -> dict[str, Any]:
+    return {setting.name: setting.default for setting in SETTINGS}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The values that hold.
+
+    Attributes:
+        values: By the name of the variable, in their final types.
+        sources: By the name of the variable: `default`, `environment` or `file`.
+    """
+
+    values: Mapping[str, Any] = field(default_factory=_default_values)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def host(self) -> str:
+        """Address that the service listens on."""
+        return str(self.values["MUSET_HOST"])
+
+    @property
+    def port(self) -> int:
+        """Port that the service listens on."""
+        return int(self.values["PORT"])
+
+    @property
+    def web_concurrency(self) -> int:
+        """Number of worker processes."""
+        return int(self.values["WEB_CONCURRENCY"])
+
+    @property
+    def log_level(self) -> str:
+        """Name of a level of `logging`."""
+        return str(self.values["LOG_LEVEL"])
+
+    @property
+    def data_dir(self) -> Path:
+        """Folder of everything that is kept, absolute."""
+        return Path(self.values["MUSET_DATA_DIR"]).absolute()
+
+    @property
+    def database_url(self) -> str:
+        """URL of the database."""
+        return str(self.values["DATABASE_URL"] or f"sqlite:///{self.data_dir / 'muset.db'}")
+
+    @property
+    def admin_key(self) -> str | None:
+        """An admin key that the start installs."""
+        key: str | None = self.values["MUSET_ADMIN_KEY"]
+        return key
+
+    @property
+    def max_document_bytes(self) -> int:
+        """Size of a document at most, in bytes of UTF-8."""
+        return int(self.values["MUSET_MAX_DOCUMENT_BYTES"])
+
+    def shown(self, setting: Setting) -> str:
+        """A value as people may see it."""
+        value = self.values[setting.name]
+        if value is None:
+            return "(unset)"
+        if setting.secret:
+            parts = urlsplit(str(value))
+            if not parts.scheme or parts.username or parts.password:
+                host = f"{HIDDEN}@{parts.hostname}" if parts.hostname else ""
+                return urlunsplit(parts._replace(netloc=host)) if parts.scheme else HIDDEN
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]:
+    """The text of a variable and where it is from; a secret may stand in a file."""
+    text = environ.get(setting.name)
+    path = environ.get(f"{setting.name}_FILE") if setting.secret else None
+    if not path:
+        return text or None, "environment"
+    if text:
+        raise ValueError(f"set in one way only: unset it or {setting.name}_FILE")
+    try:
+        return Path(path).read_text(encoding="utf-8").strip(), "file"
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"a readable file in {setting.name}_FILE ({error})") from None
+
+
+def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
+    """Read and check every variable; an empty one counts as unset.
+
+    Args:
+        environ: None takes the process's own environment.
+
+    Raises:
+        SettingsError: Names every variable that is not allowed.
+    """
+    environ = os.environ if environ is None else environ
+    values, sources, problems = _default_values(), {}, []
+    for setting in SETTINGS:
+        text: str | None = None
+        try:
+            text, source = _raw(setting, environ)
+            if text is not None:
+                values[setting.name] = setting.parse(text)
+                sources[setting.name] = source
+        except ValueError as expected:
+            got = HIDDEN if setting.secret else repr(text)
+            problems.append(f"{setting.name} must be {expected}, got {got}.")
+    if problems:
+        raise SettingsError("\n".join(problems))
+    return Settings(values, sources)
