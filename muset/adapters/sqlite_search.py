@@ -78,7 +78,7 @@ def _weights(connection: Connection, stems: Sequence[str]) -> dict[str, float]:
     statement = text("SELECT term, doc FROM passages_vocab WHERE term IN :stems").bindparams(
         bindparam("stems", expanding=True)
     )
-    known = dict(connection.execute(statement, {"stems": list(stems)}).tuples().all())
+    known = {row.term: row.doc for row in connection.execute(statement, {"stems": list(stems)})}
     return {
         stem: math.log(1 + (total - known.get(stem, 0) + 0.5) / (known.get(stem, 0) + 0.5))
         for stem in stems

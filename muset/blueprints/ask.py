@@ -2,11 +2,11 @@
 
 from dataclasses import asdict
 
-from flask import Blueprint, Response, current_app, jsonify, request
+from flask import Blueprint, Response, current_app, jsonify
 from spectree import Response as Described
 
 from muset.blueprints.auth import require_key
-from muset.blueprints.openapi import spec
+from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import AskIn, AskOut
 from muset.services.ask import AskService
 
@@ -21,7 +21,7 @@ blueprint.before_request(require_key)
 def ask() -> Response:
     """Answer a question from the stored documents, with verbatim citations."""
     service: AskService = current_app.extensions["muset"].ask
-    body: AskIn = request.context.json  # type: ignore[attr-defined]
+    body: AskIn = json_body()
     answer = service.ask(
         body.question,
         document_ids=body.document_ids,

@@ -8,7 +8,7 @@ from spectree import Response as Described
 
 from flask_muset.errors import MusetError, ValidationError
 from muset.blueprints.auth import principal, require_key
-from muset.blueprints.openapi import spec
+from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import (
     DocumentForm,
     DocumentIn,
@@ -89,7 +89,7 @@ def add() -> Response:
     if request.files or request.mimetype == "multipart/form-data":
         title, text = _from_form()
     else:
-        body: DocumentIn = request.context.json  # type: ignore[attr-defined]
+        body: DocumentIn = json_body()
         title, text = body.title, body.text
     document, is_new = _service().add(principal(), title, text)
     response = jsonify(_summary(document))

@@ -7,14 +7,27 @@ from flask_swagger_ui import get_swaggerui_blueprint
 from spectree import SecurityScheme, SpecTree
 from spectree.models import SecureType, SecuritySchemeData
 
+from werkzeug.exceptions import UnsupportedMediaType
+
 from flask_muset.error_handler import openapi_components
 from flask_muset.errors import TABLE, ErrorCategory
 from muset import __version__
 
-__all__ = ["make_blueprint", "make_docs", "spec"]
+__all__ = ["json_body", "make_blueprint", "make_docs", "spec"]
 
 PATH = "/api/v1/openapi.json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+
+
+def json_body() -> Any:
+    """The validated body of a route that takes JSON.
+
+    Raises:
+        UnsupportedMediaType: The body is no JSON; spectree looks at no form where JSON is due.
+    """
+    if not request.is_json:
+        raise UnsupportedMediaType
+    return request.context.json  # type: ignore[attr-defined]
 
 
 def _before(_request: Any, _response: Any, error: Any, _instance: Any, _adapter: Any) -> None:

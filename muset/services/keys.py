@@ -112,7 +112,7 @@ class KeyService:
         if not key or not key.startswith(_PREFIX) or len(key) > _MAX_KEY_LENGTH:
             raise AuthenticationError(
                 "no key, or not one of ours",
-                user_message="Send a key: 'Authorization: Bearer msk_...'.",
+                user_message="Send a valid key as a bearer token in the Authorization header.",
             )
         digest, now = _digest(key), self._now()
         holds: KeyRecord | None = None

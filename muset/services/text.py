@@ -33,6 +33,9 @@ _WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")
 
 _stem = snowballstemmer.stemmer("porter").stemWord
 
+_POSSESSIVE = re.compile(r"(?<=\w)['’]s\b")  # noqa: RUF001
+#: Asks for an age, and texts speak of one with that word.
+_HOW_OLD = re.compile(r"\bhow\s+old\b", re.IGNORECASE)
 #: Words that ask or join and say nothing about the subject.
 _STOP_WORDS = frozenset(
     """a about after all also am an and any are as at be because been before being between both but
@@ -175,7 +178,11 @@ def _term(word: str) -> str:
     """One word as the index has it: in lower case, without diacritics, by its stem."""
     decomposed = unicodedata.normalize("NFKD", word.lower())
     plain = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return str(_stem(plain)) if plain.isascii() and len(plain) > 2 else plain
+    if not plain.isascii() or len(plain) <= 2:
+        return plain
+    stem = str(_stem(plain))
+    # FTS5 has the later rule of the algorithm's author that takes -logi to -log.
+    return stem[:-1] if stem.endswith("logi") else stem
 
 
 def terms(text: str) -> list[str]:
@@ -188,5 +195,6 @@ def question_terms(question: str) -> list[str]:
 
     A question of nothing but stop words keeps them all.
     """
+    question = _HOW_OLD.sub(" age ", _POSSESSIVE.sub("", question))
     words = list(dict.fromkeys(word.lower() for word in _WORD.findall(question)))
     return [word for word in words if word not in _STOP_WORDS] or words

@@ -127,7 +127,7 @@ def _description(exception: Any, cls: type[MusetError]) -> str | None:
     description = exception.description
     is_default = description == type(exception).description
     if not isinstance(description, str) or (
-        is_default and exception.code == TABLE[cls.category].status
+        is_default and exception.code in (400, TABLE[cls.category].status)
     ):
         return None
     return description

@@ -1,0 +1,45 @@
+"""The service on a database of its own for each test."""
+
+import pytest
+
+from muset import migrations
+from muset.app import create_app, make_services
+from muset.ports import Role
+from muset.settings import load_settings
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return load_settings({"MUSET_DATA_DIR": str(tmp_path)})
+
+
+@pytest.fixture
+def services(settings):
+    services = make_services(settings)
+    services.database.write(migrations.upgrade)
+    yield services
+    services.database.close()
+
+
+@pytest.fixture
+def app(settings, services):
+    app = create_app(settings)
+    yield app
+    app.extensions["muset"].database.close()
+
+
+@pytest.fixture
+def client(app):
+    return app.test_client()
+
+
+@pytest.fixture
+def admin(services):
+    key = services.keys.create("admin@example.org", Role.ADMIN)
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+def member(services):
+    key = services.keys.create("member@example.org", Role.MEMBER)
+    return {"Authorization": f"Bearer {key}"}
