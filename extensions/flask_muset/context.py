@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, has_request_context, request
@@ -37,9 +37,6 @@ class _Ids:
         self.prefix = secrets.token_hex(8)
         self.count = itertools.count(1)
 
-    def new(self) -> str:
-        return f"{self.prefix}{next(self.count):08x}"
-
 
 _ids = _Ids()
 
@@ -60,12 +57,14 @@ class RequestContext:
     ) -> Iterable[bytes]:
         """Serve one request; an id that the client sent is kept if it is well formed."""
         given = environ.get("HTTP_X_REQUEST_ID")
-        rid: str = given if given is not None and _valid(given) else _ids.new()
+        if given is not None and _valid(given):
+            rid: str = given
+        else:
+            rid = f"{_ids.prefix}{next(_ids.count):08x}"
         environ[REQUEST_ID_KEY] = rid
 
-        def start(
-            status: str, headers: list[tuple[str, str]], exc_info: Any = None, /
-        ) -> Callable[[bytes], object]:
+        # Its annotations are names: Python makes them anew for each request.
+        def start(status: str, headers: Any, exc_info: Any = None, /) -> Any:
             headers.append((_HEADER, rid))
             return start_response(status, headers, exc_info)
 

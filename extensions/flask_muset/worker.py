@@ -47,8 +47,8 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         return super().handle_request(listener_name, req, sock, addr)
 
     def timeout_ctx(self) -> "_Waiting":
-        """What a connection waits in for its next request."""
-        return _Waiting(self.cfg.keepalive, self._idle)
+        """What a connection waits in for its next request; not at all once this is a stop."""
+        return _Waiting(self.cfg.keepalive if self.alive else 0, self._idle)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop: close the connections that wait, let the running requests end."""
@@ -58,10 +58,14 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         gevent.spawn(self._close_idle)
 
     def _close_idle(self) -> None:
-        for waiting, greenlet in list(self._idle.items()):
-            # It may have got its request meanwhile.
-            if waiting in self._idle:
-                greenlet.throw(waiting)
+        for waiting in list(self._idle):
+            # In the hub, one after the other: it may have got its request meanwhile.
+            gevent.get_hub().loop.run_callback(self._end, waiting)
+
+    def _end(self, waiting: "_Waiting") -> None:
+        greenlet = self._idle.get(waiting)
+        if greenlet is not None:
+            greenlet.throw(waiting)
 
 
 class _Waiting(gevent.Timeout):  # type: ignore[misc]

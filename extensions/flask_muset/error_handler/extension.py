@@ -123,7 +123,7 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
     """The newest errors of this process, the one that happened last first.
 
     Each has `fingerprint, type, error, category, severity, status, place, message, traceback,
-    first_seen, last_seen, count` and `newest`, its latest occurrences with `at, request_id, method,
+    last_seen, count` and `newest`, its latest occurrences with `at, request_id, method,
     path, message, details`. All texts are redacted.
 
     Raises:
@@ -164,7 +164,7 @@ def _answer_in_flask(app: Flask, state: _State, exception: Exception) -> Respons
     source = exception
     if isinstance(exception, InternalServerError) and exception.original_exception is not None:
         source = exception.original_exception  # type: ignore[assignment]
-    return _answer(app, state, source, request)
+    return _answer(app, state, source, request._get_current_object())  # type: ignore[attr-defined]
 
 
 def _log_for_flask(app: Flask, state: _State, exc_info: Any) -> None:
@@ -176,7 +176,8 @@ def _log_for_flask(app: Flask, state: _State, exc_info: Any) -> None:
     exception = exc_info[1]
     request.environ[_TOLD] = exception
     try:
-        _record(app, state, exception, request, streaming=False)
+        incoming = request._get_current_object()  # type: ignore[attr-defined]
+        _record(app, state, exception, incoming, streaming=False)
     except Exception as failure:  # noqa: BLE001 - the answer must still be made
         _report_failure(failure)
 
@@ -223,24 +224,20 @@ class _Boundary:
 class _Body:
     """A response's body on its way to the server."""
 
-    __slots__ = ("_boundary", "_environ", "_inner", "_next")
+    __slots__ = ("_boundary", "_environ", "_inner")
 
     def __init__(
         self, inner: ClosingIterator, boundary: _Boundary, environ: "WSGIEnvironment"
     ) -> None:
         self._inner = inner
-        self._next = inner.__next__
         self._boundary = boundary
         self._environ = environ
 
     def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
         try:
-            return self._next()
-        except StopIteration:
-            raise
+            # Not `yield from`, which would close the body once more when a client leaves.
+            for chunk in self._inner:  # noqa: UP028
+                yield chunk
         except BaseException as exception:
             self._boundary.broken(exception, self._environ)
             raise

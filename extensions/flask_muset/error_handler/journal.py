@@ -1,6 +1,7 @@
 """What operators learn: a log line for a fault, a sum for its repeats, the newest kept."""
 
 import threading
+import time
 import traceback
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -107,7 +108,9 @@ class Repeats:
 class _Kept:
     fault: dict[str, Any]
     count: int = 0
-    last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_KEPT_OF_EACH))
+    last: deque[tuple[float, dict[str, Any]]] = field(
+        default_factory=lambda: deque(maxlen=_KEPT_OF_EACH)
+    )
 
 
 class RecentErrors:
@@ -143,7 +146,7 @@ class RecentErrors:
             kept = self._kept.setdefault(fingerprint, new)
             self._kept.move_to_end(fingerprint)
             kept.count += 1
-            kept.last.append(occurrence | {"at": datetime.now(UTC).isoformat()})
+            kept.last.append((time.time(), occurrence))
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
 
@@ -152,9 +155,18 @@ class RecentErrors:
         with self._lock:
             kept = [(k.fault, k.count, list(k.last)) for k in reversed(self._kept.values())]
         return [
-            fault | {"count": count, "last_seen": last[-1]["at"], "newest": last[::-1]}
+            fault
+            | {
+                "count": count,
+                "last_seen": _iso(last[-1][0]),
+                "newest": [occurrence | {"at": _iso(at)} for at, occurrence in last[::-1]],
+            }
             for fault, count, last in kept
         ]
+
+
+def _iso(moment: float) -> str:
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
 
 def formatted_traceback(exception: BaseException, secrets: tuple[str, ...]) -> str:

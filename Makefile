@@ -1,0 +1,54 @@
+# Everything runs in virtual environments of this folder; nothing needs root.
+PYTHON ?= python3
+BIN := .venv/bin
+PIN := -c constraints.txt
+SOURCES := setup.cfg extensions/setup.cfg constraints.txt Makefile
+
+.PHONY: run test check bench prove clean docs
+
+run: .venv/.run
+	@exec $(BIN)/muset serve
+
+test: .venv/.test .venv-ext/.test
+	.venv-ext/bin/python -m pytest -q tests/ext
+	$(BIN)/python -m pytest -q tests --ignore=tests/ext
+
+check: .venv/.check docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/.check
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+bench: .venv/.test
+	$(BIN)/python benchmarks/error_handler_cost.py
+	$(BIN)/python benchmarks/fairness.py
+
+prove: .venv/.test
+	$(BIN)/python -m pytest -q --prove tests
+
+clean:
+	rm -rf .venv .venv-ext build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Muset needs Python 3.11 or newer; give one with 'make PYTHON=python3.11'."; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/.run: $(SOURCES) | .venv/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check $(PIN) -e ./extensions -e .
+	@touch $@
+
+.venv/.test: $(SOURCES) | .venv/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check $(PIN) -e './extensions[test]' -e '.[test]'
+	@touch $@ .venv/.run
+
+.venv/.check: $(SOURCES) | .venv/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check $(PIN) -e './extensions[test]' -e '.[test,check]'
+	@touch $@ .venv/.run .venv/.test
+
+.venv-ext/.test: $(SOURCES)
+	$(PYTHON) -m venv .venv-ext
+	.venv-ext/bin/pip install -q --disable-pip-version-check $(PIN) -e './extensions[test]'
+	@touch $@

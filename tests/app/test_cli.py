@@ -1,0 +1,173 @@
+"""The command line."""
+
+import json
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from click.testing import CliRunner
+from flask_muset.errors import AuthenticationError
+
+from muset.cli import main
+from muset.ports import Role
+from muset.services.keys import KeyService
+
+
+@pytest.fixture
+def run(tmp_path):
+    def invoke(*args):
+        environ = {"MUSET_DATA_DIR": str(tmp_path / "data")}
+        return CliRunner().invoke(main, args, env=environ)
+
+    return invoke
+
+
+def test_keys(run):
+    """A key is printed alone on the last line, listed by its first letters, rotated, withdrawn."""
+    made = run("keys", "create", "--user", "a@example.org", "--role", "member", "--expires", "90d")
+    key = made.output.splitlines()[-1]
+    assert key.startswith("msk_")
+    listed = run("keys", "list").output
+    assert f"msk_{key[4:12]}..." in listed
+    assert key not in listed
+    assert run("keys", "rotate", "1").output.splitlines()[-1].startswith("msk_")
+    assert "withdrawn" in run("keys", "list").output
+    again = run("keys", "revoke", "1")
+    assert (again.exit_code, again.output) == (1, "Error: no valid key has the id 1\n")
+    assert run("keys", "create", "--user", "nobody", "--role", "admin").exit_code == 1
+    bad = run("keys", "create", "--user", "a@b.c", "--role", "admin", "--expires", "soon")
+    assert bad.exit_code == 2
+
+
+def test_ingest_and_ask(run, tmp_path):
+    """Folders and files go in, what cannot is named; an answer is 0, no answer is 3."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "bees.md").write_text("A bee colony has one queen, who lays 2,000 eggs a day.")
+    (folder / "ignored.bin").write_bytes(b"\xff")
+    assert "1 stored, 0 known already, 0 failed." in run("ingest", str(folder)).output
+    assert "0 stored, 1 known already" in run("ingest", str(folder)).output
+    failed = run("ingest", str(folder / "ignored.bin"))
+    assert failed.exit_code == 1
+    assert "only .txt and .md" in failed.output
+    answer = run("ask", "How many eggs does the queen lay?", "--json")
+    assert (answer.exit_code, json.loads(answer.output)["status"]) == (0, "answered")
+    unsure = run("ask", "What is the capital of Australia?")
+    assert unsure.exit_code == 3
+
+
+def test_bad_settings_are_exit_code_2(tmp_path):
+    """A bad variable ends every command with 2 and one line."""
+    result = CliRunner().invoke(main, ["settings"], env={"PORT": "x"})
+    assert result.exit_code == 2
+    assert "PORT must be" in result.output
+
+
+def test_settings_are_printed_without_secrets(run, monkeypatch):
+    """Each setting with value, source and meaning; what nothing uses yet says so."""
+    monkeypatch.setenv("REDIS_URL", "redis://:hunter2@h/0")
+    output = run("settings").output
+    assert "hunter2" not in output
+    assert "PORT=8000\n    default; Port that the service listens on." in output
+    assert "nothing uses it yet" in output
+
+
+def test_port_in_use_is_said_before_a_key_is_made(tmp_path):
+    """`serve` on a used port: exit 1, one line with the cure, no key."""
+    with socket.socket() as used:
+        used.bind(("127.0.0.1", 0))
+        used.listen()
+        port = str(used.getsockname()[1])
+        result = subprocess.run(
+            [sys.executable, "-m", "muset.cli", "serve"],
+            env={"PORT": port, "MUSET_DATA_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert "set PORT" in result.stderr
+    assert "Admin key" not in result.stdout
+
+
+def test_key_rules(services):
+    """Expired, withdrawn and changed keys are refused; the first key is made once."""
+    now = [datetime(2026, 1, 1, tzinfo=UTC)]
+    keys = KeyService(services.keys._store, now=lambda: now[0])
+    shown = []
+    first = keys.first_admin_key("a@example.org", shown.append)
+    assert shown == [first]
+    assert keys.first_admin_key("a@example.org", shown.append) is None
+    assert keys.authenticate(first).role is Role.ADMIN
+    short = keys.create("b@example.org", Role.MEMBER, timedelta(days=1))
+    keys.authenticate(short)
+    now[0] += timedelta(days=1)
+    for bad in (short, first[:-1], first + "x", "msk_", "", None, "x" * 300):
+        with pytest.raises(AuthenticationError):
+            keys.authenticate(bad)
+    keys.revoke(1)
+    with pytest.raises(AuthenticationError):
+        keys.authenticate(first)
+
+
+def test_a_key_that_nobody_saw_does_not_hold(services):
+    """If printing fails the key is withdrawn and the next start makes another."""
+
+    def broken(_):
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        services.keys.first_admin_key("a@example.org", broken)
+    assert services.keys.first_admin_key("a@example.org", lambda _: None) is not None
+
+
+GEVENT = """
+from gevent import monkey; monkey.patch_all()
+import sys, time, gevent
+from muset import migrations
+from muset.adapters.sqlite import Database
+from sqlalchemy import text
+database = Database("sqlite:///" + sys.argv[1])
+database.write(migrations.upgrade)
+slow = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 3000000) " \\
+       "SELECT count(*) FROM c"
+gaps, over = [], []
+def tick():
+    last = time.monotonic()
+    while not over:
+        gevent.sleep(0.005)
+        now = time.monotonic(); gaps.append(now - last); last = now
+ticker = gevent.spawn(tick)
+readers = [gevent.spawn(database.read, lambda c: c.execute(text(slow)).scalar_one()) for _ in "ab"]
+gevent.joinall(readers, raise_error=True)
+assert max(gaps) < 0.3, max(gaps)
+for number in range(20):
+    with gevent.Timeout(0.02, False):
+        database.read(lambda c: c.execute(text(slow)).scalar_one())
+assert database.read(lambda c: c.execute(text("SELECT 41 + 1")).scalar_one()) == 42
+assert database._engine.pool.checkedout() == 0
+def fails(connection):
+    raise ValueError("inside")
+try:
+    database.write(fails)
+except ValueError as error:
+    assert str(error) == "inside"
+else:
+    raise AssertionError
+over.append(1); ticker.join()
+print("fine")
+"""
+
+
+def test_database_under_gevent(tmp_path):
+    """A slow query blocks no other greenlet; a cut one gives back no connection that is in use."""
+    result = subprocess.run(
+        [sys.executable, "-c", GEVENT, str(tmp_path / "x.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert result.stdout.strip() == "fine", result.stderr

@@ -1,0 +1,92 @@
+"""Real processes: the service as a user starts it, ended by its own process id."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+
+ROOT = Path(__file__).parents[2]
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Service:
+    """`muset serve` in a process group of its own."""
+
+    def __init__(self, data_dir):
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.data_dir = data_dir
+        self.key = None
+        self.process = None
+        self._output = None
+
+    def start(self):
+        began = time.monotonic()
+        self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
+        env = os.environ | {"MUSET_DATA_DIR": str(self.data_dir / "data"), "PORT": str(self.port)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "muset.cli", "serve"],
+            env=env,
+            cwd=ROOT,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while time.monotonic() - began < 30:
+            assert self.process.poll() is None, self.output()
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{self.url}/health/ready", timeout=5).ok:
+                    break
+            time.sleep(0.02)
+        else:
+            pytest.fail(f"not ready in 30 s: {self.output()}")
+        found = re.search(r"^Admin key: (msk_\S+)$", self.output(), re.MULTILINE)
+        self.key = found[1] if found else self.key
+        return time.monotonic() - began
+
+    def output(self):
+        return (self.data_dir / "output.txt").read_text(errors="replace")
+
+    @property
+    def headers(self):
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def workers(self):
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    def kill_group(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        self._output.close()
+
+    def stop(self, sig=signal.SIGTERM, *, group=False):
+        if group:
+            os.killpg(self.process.pid, sig)
+        else:
+            self.process.send_signal(sig)
+        code = self.process.wait(40)
+        self._output.close()
+        return code
+
+
+@pytest.fixture
+def service(tmp_path):
+    service = Service(tmp_path)
+    yield service
+    if service.process is not None and service.process.poll() is None:
+        service.kill_group()
