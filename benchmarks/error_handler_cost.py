@@ -36,6 +36,7 @@ def bare():
 def ours():
     """Flask with ErrorHandler and nothing else."""
     from flask import Flask
+
     from flask_muset import ErrorHandler
 
     app = Flask("bench")

@@ -4,6 +4,7 @@ The same bare Flask app on gunicorn's stock gevent worker and on ours, in turns,
 connections; meanwhile a probe on a new connection each time. Needs wrk.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -50,11 +51,10 @@ class Server:
             cwd=folder,
         )  # fmt: skip
         for _ in range(200):
-            try:
+            with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", self.port), 0.5).close()
                 return
-            except OSError:
-                time.sleep(0.05)
+            time.sleep(0.05)
         raise RuntimeError("gunicorn did not start")
 
     def load(self, seconds: int, script: Path) -> dict[str, float]:

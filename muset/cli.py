@@ -205,6 +205,12 @@ def _files(paths: Iterable[Path]) -> list[Path]:
     return found
 
 
+def _read(path: Path) -> str:
+    if path.suffix.lower() not in _TEXTS:
+        raise ValueError("only .txt and .md files are read")
+    return path.read_bytes().decode("utf-8")
+
+
 def _owner(services: Services, email: str) -> Principal:
     return Principal(user_id=services.keys.user_id(email), key_id=0, role=Role.ADMIN)
 
@@ -221,10 +227,7 @@ def ingest(paths: tuple[Path, ...], user: str) -> None:
     with click.progressbar(files, label="Indexing", file=sys.stderr) as bar:
         for path in bar:
             try:
-                if path.suffix.lower() not in _TEXTS:
-                    raise ValueError("only .txt and .md files are read")
-                text = path.read_bytes().decode("utf-8")
-                stored += services.documents.add(who, path.stem, text)[1]
+                stored += services.documents.add(who, path.stem, _read(path))[1]
             except MusetError as error:
                 failures.append((path, error.message or error.user_message))
             except (OSError, ValueError) as error:

@@ -79,6 +79,7 @@ def pytest_terminal_summary(terminalreporter, config):
     lines += [f"| {claim} | {figure} | {verdict} |" for claim, figure, verdict in rows]
     terminalreporter.section("what holds")
     terminalreporter.write_line("\n".join(lines))
-    text = f"# Proof\n\n`make prove` on {datetime.date.today()}, {os.cpu_count()} cores.\n\n"
-    Path("build").mkdir(exist_ok=True)
-    Path("build/proof.md").write_text(text + "\n".join(lines) + "\n")
+    today = datetime.datetime.now(datetime.UTC).date()
+    head = f"# Proof\n\n`make prove` on {today}, {os.cpu_count()} cores.\n\n"
+    page = Path(__file__).parents[1] / "docs" / "proof.md"
+    page.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")

@@ -130,7 +130,10 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 
 _KEY = re.compile(r"""(?P<name>[A-Za-z][A-Za-z0-9_.\-]{1,63})\\?["']?\s{0,4}(?:=>|=|:)\s{0,4}""")
-_VALUE = re.compile(r"""\\?"(?:[^"\\\n]|\\.)*"|\\?'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+""")
+_VALUE = re.compile(
+    # JSON within JSON has its quotes escaped
+    r"""\\"[^"\\\n]*\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+"""
+)
 _SPOKEN = re.compile(
     r"""\b(password|passphrase|passwd|secret|token|api[ _-]?key)(\s+(?:is\s+|was\s+)?)"""
     r"""("[^"\n]{1,256}"|'[^'\n]{1,256}')""",

@@ -52,7 +52,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop: close the connections that wait, let the running requests end."""
-        global _draining  # noqa: PLW0603 - one worker is one process
+        global _draining
         _draining = True
         super().handle_exit(sig, frame)
         gevent.spawn(self._close_idle)

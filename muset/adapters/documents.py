@@ -38,7 +38,7 @@ class SqliteDocumentStore:
         self._database = database
 
     def add(self, *, user_id: int, title: str, text: str) -> tuple[Document, bool]:
-        """Store and index in one transaction; a text that this user has already is left as it is."""
+        """Store and index in one transaction; a text that this user has stays as it is."""
 
         def work(connection: Connection) -> tuple[Document, bool]:
             sha256 = hashlib.sha256(text.encode()).hexdigest()

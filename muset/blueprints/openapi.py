@@ -6,7 +6,6 @@ from flask import Blueprint, Flask, Response, jsonify, request
 from flask_swagger_ui import get_swaggerui_blueprint
 from spectree import SecurityScheme, SpecTree
 from spectree.models import SecureType, SecuritySchemeData
-
 from werkzeug.exceptions import UnsupportedMediaType
 
 from flask_muset.error_handler import openapi_components

@@ -128,7 +128,7 @@ def _is_end(text: str, start: int, match: re.Match[str]) -> bool:
     if match[0][0] != ".":
         return True
     before = text[start : match.start()].rsplit(None, 1)
-    word = before[-1].lstrip("(\"'“‘[").lower() if before else ""
+    word = before[-1].lstrip("(\"'“‘[").lower() if before else ""  # noqa: RUF001
     if word in _ABBREVIATIONS:
         return False
     return not (len(word) == 1 and word.isalpha() and word != "i") and not re.fullmatch(

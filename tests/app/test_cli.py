@@ -8,8 +8,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from click.testing import CliRunner
-from flask_muset.errors import AuthenticationError
 
+from flask_muset.errors import AuthenticationError
 from muset.cli import main
 from muset.ports import Role
 from muset.services.keys import KeyService

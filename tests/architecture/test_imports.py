@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import flask_muset
 import pytest
 
+import flask_muset
 import muset
 
 ROOT = Path(__file__).parents[2]

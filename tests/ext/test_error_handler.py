@@ -4,7 +4,6 @@ import json
 import logging
 import re
 
-import flask_muset.error_handler.extension as extension_module
 import pytest
 from flask import (
     Flask,
@@ -15,6 +14,9 @@ from flask import (
     request,
     stream_with_context,
 )
+from werkzeug.exceptions import HTTPException
+
+import flask_muset.error_handler.extension as extension_module
 from flask_muset import ErrorHandler
 from flask_muset.error_handler import openapi_components, recent_errors
 from flask_muset.errors import (
@@ -32,7 +34,6 @@ from flask_muset.errors import (
     ValidationError,
 )
 from flask_muset.signals import error_handled
-from werkzeug.exceptions import HTTPException
 
 GUIDE = {
     "error": "NotFoundError",
@@ -529,7 +530,7 @@ def test_planted_secrets_are_nowhere(app, prove, caplog, capsys):
     bodies = []
     for cls in (MusetError, NotFoundError, DatabaseError, ValidationError, AuthenticationError):
         for accept in ("*/*", "application/problem+json", "text/html"):
-            bodies.append(
+            bodies.append(  # noqa: PERF401 - reads better as a loop
                 client.get(
                     f"/{cls.__name__}?token={planted['query']}",
                     headers={

@@ -1,0 +1,111 @@
+"""The fair worker with real gunicorn processes."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+APP = """
+import time, sys
+from flask import Flask
+app = Flask("x")
+
+@app.get("/")
+def index():
+    return "ok"
+
+@app.get("/slow")
+def slow():
+    time.sleep(1.5)
+    return "draining" if sys.modules["flask_muset.worker"].draining() else "serving"
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """gunicorn with one fair worker; yields its process and port."""
+    (tmp_path / "fair_app.py").write_text(APP)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    config = (
+        "from gevent import monkey; monkey.patch_all()\n"
+        "def on_starting(server): server.handle_int = server.handle_term\n"
+    )
+    (tmp_path / "conf.py").write_text(config)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", "-c", "conf.py", "-b", f"127.0.0.1:{port}",
+         "-k", "flask_muset.worker.FairGeventWorker", "--keep-alive", "20",
+         "--no-control-socket", "fair_app:app"],
+        cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    for _ in range(200):
+        with contextlib.suppress(OSError):
+            get(port, "/")
+            break
+        time.sleep(0.05)
+    yield process, port
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def ask(connection, path):
+    """One request on a kept connection; returns the answer's bytes."""
+    connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+    return connection.recv(65536)
+
+
+def get(port, path):
+    """One request on a new connection."""
+    with socket.create_connection(("127.0.0.1", port), 10) as connection:
+        return ask(connection, path)
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+def test_stop_waits_for_running_requests_only(server, sig):
+    """The running request ends well, the idle connection is closed at once, the exit code is 0."""
+    process, port = server
+    with socket.create_connection(("127.0.0.1", port)) as idle:
+        assert b"200" in ask(idle, "/")
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(get(port, "/slow")))
+        thread.start()
+        time.sleep(0.3)
+        began = time.monotonic()
+        os.killpg(process.pid, sig) if sig == signal.SIGINT else process.send_signal(sig)
+        assert process.wait(20) == 0
+        assert time.monotonic() - began < 10
+        thread.join()
+        assert idle.recv(1) == b""
+    assert answers[0].startswith(b"HTTP/1.1 200")
+    assert answers[0].endswith(b"draining")
+
+
+def test_new_connections_are_served_beside_busy_ones(server):
+    """32 kept connections at full speed: each of 20 probes on a new connection is answered."""
+    _, port = server
+    over = threading.Event()
+    served = []
+
+    def busy():
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            while not over.is_set():
+                served.append(len(ask(connection, "/")))
+
+    threads = [threading.Thread(target=busy) for _ in range(32)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert all(get(port, "/").startswith(b"HTTP/1.1 200") for _ in range(20))
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+    assert len(served) > 32

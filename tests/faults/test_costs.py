@@ -1,0 +1,63 @@
+"""What fairness and error handling cost, beside a peer in the same run."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def load(name):
+    """A script of benchmarks/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "64 kept connections at full speed on one worker: p99 at most 3 times p50, none lost, at least "
+    "0.85 of the stock worker's requests/s; a probe on a new connection: p99 under 250 ms"
+)
+def test_fairness(prove):
+    """wrk on a bare Flask app, our worker and the stock one in turns."""
+    found = load("fairness").measure(seconds=6, rounds=5)
+    if found is None:
+        prove.missing("wrk")
+    ours, stock = found["ours"], found["stock"]
+    prove.figure(
+        f"p99 {ours['p99_x_p50']:.2f} x p50 (stock {stock['p99_ms'] / stock['p50_ms']:.0f} x), "
+        f"{ours['lost']:.0f} lost, {ours['requests_x_stock']:.2f} of stock, "
+        f"probe p99 {ours['probe_p99_ms']:.0f} ms (stock {stock['probe_p99_ms']:.0f})"
+    )
+    assert ours["p99_x_p50"] <= 3
+    assert ours["lost"] == 0
+    assert ours["requests_x_stock"] >= 0.85
+    assert ours["probe_p99_ms"] < 250
+
+
+@pytest.mark.full_only
+@pytest.mark.claim("ErrorHandler costs at most 1.05 times bare Flask's instructions on success")
+def test_cost_of_success(prove, costs):
+    """Instructions under valgrind."""
+    if costs is None:
+        prove.missing("valgrind")
+    prove.figure(f"{costs['success ratio']:.3f}")
+    assert costs["success ratio"] <= 1.05
+
+
+@pytest.mark.full_only
+@pytest.mark.claim("ErrorHandler costs at most 1.15 times a catch-all JSON handler on an error")
+def test_cost_of_an_error(prove, costs):
+    """Instructions under valgrind, the log line discarded by its level."""
+    if costs is None:
+        prove.missing("valgrind")
+    prove.figure(f"{costs['error ratio']:.3f}")
+    assert costs["error ratio"] <= 1.15
+
+
+@pytest.fixture(scope="module")
+def costs():
+    return load("error_handler_cost").measure()
