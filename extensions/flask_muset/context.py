@@ -10,7 +10,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from flask import Flask, has_request_context, request
 
@@ -63,12 +63,14 @@ class RequestContext:
             rid = f"{_ids.prefix}{next(_ids.count):08x}"
         environ[REQUEST_ID_KEY] = rid
 
-        # Its annotations are names: Python makes them anew for each request.
-        def start(status: str, headers: Any, exc_info: Any = None, /) -> Any:
-            headers.append((_HEADER, rid))
-            return start_response(status, headers, exc_info)
-
-        return self.wsgi_app(environ, start)
+        header = (_HEADER, rid)
+        # A lambda, because a function's annotations would be made anew for each request.
+        return self.wsgi_app(
+            environ,
+            lambda status, headers, exc_info=None: start_response(
+                status, [*headers, header], exc_info
+            ),
+        )
 
 
 def install(app: Flask) -> RequestContext:

@@ -18,7 +18,12 @@ from flask_muset import context
 from flask_muset.error_handler import catalogue, render
 from flask_muset.error_handler.config import Config, read_config
 from flask_muset.error_handler.fingerprint import fingerprint_of, type_name
-from flask_muset.error_handler.journal import RecentErrors, Repeats, formatted_traceback
+from flask_muset.error_handler.journal import (
+    Occurrence,
+    RecentErrors,
+    Repeats,
+    formatted_traceback,
+)
 from flask_muset.error_handler.translate import (
     Translation,
     aborted_by_validation,
@@ -26,7 +31,7 @@ from flask_muset.error_handler.translate import (
     translate,
 )
 from flask_muset.errors import ErrorCategory, MusetError
-from flask_muset.redaction import redact, redact_text, request_secrets
+from flask_muset.redaction import redact_text, request_secrets
 from flask_muset.signals import ErrorEvent, error_handled
 
 if TYPE_CHECKING:
@@ -132,7 +137,7 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
     if _KEY not in app.extensions:
         raise RuntimeError(f"ErrorHandler is not set up on app {app.name!r}; call init_app first.")
     state: _State = app.extensions[_KEY]
-    return state.recent.newest()
+    return state.recent.newest(state.config.redact_keys)
 
 
 def _bind(app: Flask, state: _State) -> None:
@@ -224,7 +229,7 @@ class _Boundary:
 class _Body:
     """A response's body on its way to the server."""
 
-    __slots__ = ("_boundary", "_environ", "_inner")
+    __slots__ = ("_boundary", "_environ", "_inner", "close")
 
     def __init__(
         self, inner: ClosingIterator, boundary: _Boundary, environ: "WSGIEnvironment"
@@ -232,6 +237,7 @@ class _Body:
         self._inner = inner
         self._boundary = boundary
         self._environ = environ
+        self.close = inner.close
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -241,9 +247,6 @@ class _Body:
         except BaseException as exception:
             self._boundary.broken(exception, self._environ)
             raise
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 # --- What is done with them -----------------------------------------------------------------------
@@ -392,14 +395,15 @@ def _keep(
 ) -> None:
     if not state.config.keep:
         return
-    message = redact_text(error.message or str(exception), secrets)
-    occurrence = {
-        "request_id": _id_of(incoming),
-        "method": redact_text(incoming.method, secrets),
-        "path": redact_text(incoming.path, secrets),
-        "message": message,
-        "details": redact(error.details, secrets, extra_keys=state.config.redact_keys),
-    }
+    # Raw, because most are never read; `recent_errors` redacts what it gives.
+    occurrence = Occurrence(
+        _id_of(incoming),
+        incoming.method,
+        incoming.path,
+        error.message or str(exception),
+        error.details,
+        secrets,
+    )
     state.recent.add(
         fingerprint,
         occurrence,
@@ -411,7 +415,7 @@ def _keep(
             "severity": error.severity.value,
             "status": error.status,
             "place": place,
-            "message": message,
+            "message": redact_text(error.message or str(exception), secrets),
             "traceback": formatted_traceback(exception, secrets) if error.status >= 500 else None,
         },
     )

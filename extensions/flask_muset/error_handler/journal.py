@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from flask_muset.redaction import redact_text
+from flask_muset.redaction import redact, redact_text
 
-__all__ = ["RecentErrors", "Repeats", "formatted_traceback"]
+__all__ = ["Occurrence", "RecentErrors", "Repeats", "formatted_traceback"]
 
 #: The newest occurrences that are kept of each fault.
 _KEPT_OF_EACH = 5
@@ -104,11 +104,37 @@ class Repeats:
             self._flush(key, window, window.end - self._clock())
 
 
+@dataclass(frozen=True, slots=True)
+class Occurrence:
+    """One error of one request, as it was; only `shown` may leave the process.
+
+    Attributes:
+        secrets: Values of the request that are hidden wherever they occur.
+    """
+
+    request_id: str
+    method: str
+    path: str
+    message: str
+    details: dict[str, Any]
+    secrets: tuple[str, ...]
+
+    def shown(self, redact_keys: frozenset[str]) -> dict[str, Any]:
+        """A redacted copy."""
+        return {
+            "request_id": self.request_id,
+            "method": redact_text(self.method, self.secrets),
+            "path": redact_text(self.path, self.secrets),
+            "message": redact_text(self.message, self.secrets),
+            "details": redact(self.details, self.secrets, extra_keys=redact_keys),
+        }
+
+
 @dataclass(slots=True)
 class _Kept:
     fault: dict[str, Any]
     count: int = 0
-    last: deque[tuple[float, dict[str, Any]]] = field(
+    last: deque[tuple[float, Occurrence]] = field(
         default_factory=lambda: deque(maxlen=_KEPT_OF_EACH)
     )
 
@@ -128,7 +154,7 @@ class RecentErrors:
     def add(
         self,
         fingerprint: str,
-        occurrence: dict[str, Any],
+        occurrence: Occurrence,
         fault: Callable[[], dict[str, Any]],
     ) -> None:
         """Keep one occurrence.
@@ -150,8 +176,12 @@ class RecentErrors:
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
 
-    def newest(self) -> list[dict[str, Any]]:
-        """Plain copies, the fault that happened last first, its newest occurrence first."""
+    def newest(self, redact_keys: frozenset[str]) -> list[dict[str, Any]]:
+        """Plain redacted copies, the fault that happened last first, its newest occurrence first.
+
+        Args:
+            redact_keys: More names, in lower case, whose values are secrets.
+        """
         with self._lock:
             kept = [(k.fault, k.count, list(k.last)) for k in reversed(self._kept.values())]
         return [
@@ -159,7 +189,7 @@ class RecentErrors:
             | {
                 "count": count,
                 "last_seen": _iso(last[-1][0]),
-                "newest": [occurrence | {"at": _iso(at)} for at, occurrence in last[::-1]],
+                "newest": [o.shown(redact_keys) | {"at": _iso(at)} for at, o in last[::-1]],
             }
             for fault, count, last in kept
         ]

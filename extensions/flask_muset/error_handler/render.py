@@ -81,7 +81,9 @@ def body_of(
 ) -> dict[str, Any]:
     """The members that every form of the answer has."""
     row = TABLE[error.category]
-    details = redact(error.details, secrets, extra_keys=redact_keys) if row.shows_details else {}
+    shown = error.details if row.shows_details else {}
+    details = redact(shown, secrets, extra_keys=redact_keys) if shown else {}
+    errors, retry_after = error.errors, error.retry_after
     body: dict[str, Any] = {
         "error": type(error).__name__,
         "message": redact_text(error.user_message, secrets),
@@ -92,10 +94,10 @@ def body_of(
         "path": redact_text(path, secrets),
         "request_id": request_id,
     }
-    if error.errors:
-        body["errors"] = redact(error.errors, secrets, extra_keys=redact_keys)
-    if error.retry_after is not None:
-        body["retry_after"] = error.retry_after
+    if errors:
+        body["errors"] = redact(errors, secrets, extra_keys=redact_keys)
+    if retry_after is not None:
+        body["retry_after"] = retry_after
     return body
 
 
