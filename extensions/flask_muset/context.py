@@ -79,7 +79,7 @@ def install(app: Flask) -> RequestContext:
     layer: RequestContext | None = app.extensions.get(_EXTENSION)
     if layer is None:
         layer = app.extensions[_EXTENSION] = RequestContext(app.wsgi_app)
-        app.wsgi_app = layer  # type: ignore[method-assign]
+        app.wsgi_app = layer.__call__  # type: ignore[method-assign]
     return layer
 
 

@@ -298,7 +298,7 @@ class MusetError(Exception):
     @property
     def status(self) -> int:
         """HTTP status."""
-        return self._status or self.row.status
+        return self._status or TABLE[self.category].status
 
     @status.setter
     def status(self, status: int) -> None:
@@ -312,14 +312,14 @@ class MusetError(Exception):
     @property
     def retryable(self) -> bool:
         """Whether the same request may succeed later."""
-        return self.row.retryable if self._retryable is None else self._retryable
+        return TABLE[self.category].retryable if self._retryable is None else self._retryable
 
     @property
     def retry_after(self) -> int | None:
         """Whole seconds to wait, rounded up so that waiting them is always enough, or None."""
         if self._retry_after is not None:
             return max(0, math.ceil(self._retry_after))
-        return DEFAULT_RETRY_AFTER_S if self.retryable and self.status in (429, 503) else None
+        return DEFAULT_RETRY_AFTER_S if self.status in (429, 503) and self.retryable else None
 
     @property
     def user_message(self) -> str:

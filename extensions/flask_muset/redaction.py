@@ -23,6 +23,7 @@ REDACTED = "[redacted]"
 _MAX_DEPTH = 8
 _MAX_ITEMS = 200
 _MAX_TEXT = 8_192
+_SHORT_TEXT = 128
 #: Shorter values of a request are too common to be searched for in other texts.
 _MIN_REQUEST_SECRET = 4
 
@@ -195,12 +196,20 @@ def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
     for secret in secrets:
         if secret in text:
             text = text.replace(secret, REDACTED)
+    return _clean_short(text) if len(text) <= _SHORT_TEXT else _clean(text)
+
+
+def _clean(text: str) -> str:
     if _is_suspicious(text):
         text = _hide_shapes(text)
     # Cut last: half a secret at the edge would no longer have its shape.
     if len(text) > _MAX_TEXT:
         text = f"{text[:_MAX_TEXT]}… ({len(text)} characters)"
     return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
+
+
+#: Paths and messages repeat; those of one fault are looked at once.
+_clean_short = lru_cache(maxsize=1024)(_clean)
 
 
 def redact(
@@ -271,6 +280,11 @@ def _text_of(value: Any) -> str:
         return f"<{type(value).__name__}>"
 
 
+#: Names in environments that bear no secret; clients choose the names of headers, so it is bounded.
+_harmless_names: set[str] = set()
+_MAX_HARMLESS_NAMES = 1_000
+
+
 def request_secrets(environ: "WSGIEnvironment") -> tuple[str, ...]:
     """The secret values that a request itself bears, the longest first.
 
@@ -278,15 +292,25 @@ def request_secrets(environ: "WSGIEnvironment") -> tuple[str, ...]:
     very values catches a secret that was copied into a message without its name.
     """
     found: set[str] = set()
-    for name, value in environ.items():
-        if name.startswith("HTTP_") and isinstance(value, str) and is_secret_key(name[5:]):
+    # Nearly all requests have only names that were looked at before.
+    for name in environ.keys() - _harmless_names:
+        if not (name.startswith("HTTP_") and is_secret_key(name[5:])):
+            if len(_harmless_names) < _MAX_HARMLESS_NAMES:
+                _harmless_names.add(name)
+        elif isinstance(value := environ[name], str):
             found.update(_header_secrets(name, value))
-    query = environ.get("QUERY_STRING") or ""
-    if query:
-        for key, value in parse_qsl(query[:_MAX_TEXT]):
-            if is_secret_key(key):
-                found.update((value, _raw_of(query, value)))
+    if environ.get("QUERY_STRING"):
+        found.update(_query_secrets(environ["QUERY_STRING"]))
+    if not found:
+        return ()
     return tuple(sorted((s for s in found if len(s) >= _MIN_REQUEST_SECRET), key=len, reverse=True))
+
+
+def _query_secrets(query: str) -> Iterable[str]:
+    for key, value in parse_qsl(query[:_MAX_TEXT]):
+        if is_secret_key(key):
+            yield value
+            yield _raw_of(query, value)
 
 
 def _raw_of(query: str, value: str) -> str:

@@ -1,8 +1,10 @@
 """ErrorHandler alone in a Flask app of somebody else's kind."""
 
+import gc
 import json
 import logging
 import re
+import weakref
 
 import pytest
 from flask import (
@@ -14,6 +16,7 @@ from flask import (
     request,
     stream_with_context,
 )
+from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException
 
 import flask_muset.error_handler.extension as extension_module
@@ -405,6 +408,59 @@ def test_fingerprint_same_fault_on_different_ids(app):
         client.get(f"/items/{number}")
     assert [(e["count"]) for e in recent_errors(app)] == [1, 2]
     assert len({e["fingerprint"] for e in recent_errors(app)}) == 2
+
+
+@pytest.mark.parametrize("accept", ["application/json", "application/problem+json", "text/html"])
+def test_equal_answers_bear_their_own_ids(app, accept):
+    raising(app, NotFoundError("gone", resource_type="user"))
+    client = app.test_client()
+    ids = [f"request-{n:08}" for n in range(3)]
+    answers = [
+        client.get("/fail", headers={"X-Request-ID": rid, "Accept": accept}).text for rid in ids
+    ]
+    assert all(answer.count(rid) == 1 for rid, answer in zip(ids, answers, strict=True))
+    assert len({answer.replace(rid, "") for rid, answer in zip(ids, answers, strict=True)}) == 1
+
+
+def test_an_encoder_may_write_ids_in_its_own_way(app):
+    class Shouting(DefaultJSONProvider):
+        def dumps(self, obj, **kwargs):
+            return super().dumps(obj, **kwargs).upper()
+
+    app.json = Shouting(app)
+    raising(app, NotFoundError("gone"))
+    for rid in ("abcdefgh-1", "abcdefgh-2"):
+        answer = app.test_client().get("/fail", headers={"X-Request-ID": rid}).text
+        assert rid.upper() in answer
+
+
+def test_an_error_is_freed_with_its_request(app):
+    class Big:
+        pass
+
+    seen = []
+
+    @app.get("/big")
+    def big():
+        local = Big()
+        seen.append(weakref.ref(local))
+        raise ValueError("no")
+
+    gc.disable()
+    try:
+        app.test_client().get("/big")
+        assert seen[0]() is None, "a cycle keeps the frames of the request"
+    finally:
+        gc.enable()
+
+
+def test_sums_have_the_level_of_what_they_sum_up(app, caplog):
+    raising(app, NotFoundError("gone"))
+    with caplog.at_level(logging.WARNING, "somebody"):
+        for _ in range(5):
+            app.test_client().get("/fail")
+        app.extensions["error_handler"].repeats.flush()
+    assert caplog.records == []
 
 
 def test_request_id_in_and_out(app):

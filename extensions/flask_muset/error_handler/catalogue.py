@@ -60,7 +60,7 @@ def _entry_page(entry: dict[str, Any], here: str) -> bytes:
 
 
 def _answer(payload: Any, as_page: bytes) -> Response:
-    if preferred_type(request.accept_mimetypes) == HTML_TYPE:
+    if preferred_type(request.headers.get("Accept")) == HTML_TYPE:
         return Response(as_page, content_type="text/html; charset=utf-8")
     return jsonify(payload)
 

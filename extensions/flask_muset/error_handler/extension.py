@@ -31,7 +31,7 @@ from flask_muset.error_handler.translate import (
     translate,
 )
 from flask_muset.errors import ErrorCategory, MusetError
-from flask_muset.redaction import redact_text, request_secrets
+from flask_muset.redaction import redact, redact_text, request_secrets
 from flask_muset.signals import ErrorEvent, error_handled
 
 if TYPE_CHECKING:
@@ -40,9 +40,14 @@ if TYPE_CHECKING:
 __all__ = ["ErrorHandler", "recent_errors"]
 
 _KEY = "error_handler"
-#: Set in a request's environment when Flask itself has told its listeners of the exception.
-_TOLD = "flask_muset.told"
+#: Marks on an exception: what was done with it. Their value is the token of the request, because an
+#: exception object may be raised in several requests. The environment must not refer to the
+#: exception instead: its traceback refers back, and only the garbage collector would free them.
+_RECORDED = "_flask_muset_recorded"
+_TOLD = "_flask_muset_told"
+_TOKEN = "flask_muset.token"  # noqa: S105 - a key of the environment
 _REFUSAL_WINDOW_S = 1.0
+_MAX_KEPT_TEXT = 1_024
 
 
 @dataclass(slots=True)
@@ -137,13 +142,13 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
     if _KEY not in app.extensions:
         raise RuntimeError(f"ErrorHandler is not set up on app {app.name!r}; call init_app first.")
     state: _State = app.extensions[_KEY]
-    return state.recent.newest(state.config.redact_keys)
+    return state.recent.newest()
 
 
 def _bind(app: Flask, state: _State) -> None:
     app.register_error_handler(Exception, partial(_answer_in_flask, app, state))
     layer = context.install(app)
-    layer.wsgi_app = _Boundary(layer.wsgi_app, app, state)
+    layer.wsgi_app = _Boundary(layer.wsgi_app, app, state).__call__
 
     # Both are Flask's own points of extension, methods that an application class overrides.
     trap = app.trap_http_exception
@@ -179,9 +184,9 @@ def _log_for_flask(app: Flask, state: _State, exc_info: Any) -> None:
     error from us, so it is recorded here.
     """
     exception = exc_info[1]
-    request.environ[_TOLD] = exception
     try:
         incoming = request._get_current_object()  # type: ignore[attr-defined]
+        _is_new(exception, incoming, _TOLD)
         _record(app, state, exception, incoming, streaming=False)
     except Exception as failure:  # noqa: BLE001 - the answer must still be made
         _report_failure(failure)
@@ -270,10 +275,9 @@ def _record(
     """Translate, tell the listeners, log and keep, once for each exception of a request."""
     error = translate(exception, state.own)
     secrets = request_secrets(incoming.environ)
-    if incoming.environ.get("flask_muset.recorded") is exception:
+    if not _is_new(exception, incoming, _RECORDED):
         return error, secrets
-    incoming.environ["flask_muset.recorded"] = exception
-    if error.status >= 500 and not error.refusal:
+    if got_request_exception.receivers and error.status >= 500 and not error.refusal:
         _tell_once(app, exception, incoming)
     fingerprint, place = fingerprint_of(exception)
     if error_handled.receivers:
@@ -291,17 +295,29 @@ def _record(
         )
         error_handled.send(app, event=event)
     _log(app, state, error, exception, incoming, fingerprint, secrets)
-    _keep(state, error, exception, incoming, fingerprint, place, secrets)
+    if state.config.keep:
+        _keep(state, error, exception, incoming, fingerprint, place, secrets)
     return error, secrets
+
+
+def _is_new(exception: BaseException, incoming: Request, mark: str) -> bool:
+    """Mark the exception for this request; False if it was."""
+    token = incoming.environ.get(_TOKEN)
+    if token is None:
+        token = incoming.environ[_TOKEN] = object()
+    marks = exception.__dict__
+    if marks.get(mark) is token:
+        return False
+    marks[mark] = token
+    return True
 
 
 def _tell_once(
     app: Flask, exception: BaseException, incoming: Request, *, quiet: bool = False
 ) -> None:
     """Send Flask's own signal, which error trackers listen to, unless Flask has sent it."""
-    if incoming.environ.get(_TOLD) is exception or not got_request_exception.receivers:
+    if not got_request_exception.receivers or not _is_new(exception, incoming, _TOLD):
         return
-    incoming.environ[_TOLD] = exception
     try:
         got_request_exception.send(app, _async_wrapper=app.ensure_sync, exception=exception)
     except Exception as failure:
@@ -318,24 +334,25 @@ def _render(
     incoming: Request,
     secrets: tuple[str, ...],
 ) -> Response:
-    body = render.body_of(
-        error,
-        path=incoming.path,
-        request_id=_id_of(incoming),
-        secrets=secrets,
-        redact_keys=state.config.redact_keys,
+    path, keys = state.config.catalogue, state.config.redact_keys
+    form = render.Form(
+        render.preferred_type(incoming.environ.get("HTTP_ACCEPT")),
+        app.json.dumps,
+        None if path is None else incoming.root_path + path,
     )
-    path = state.config.catalogue
+    answer = render.answer_of(error, incoming.path, secrets)
+    shown, errors = error.details, error.errors
+    if shown and not error.row.shows_details:
+        shown = {}
     content_type, data = render.render(
-        error,
-        body,
-        render.preferred_type(incoming.accept_mimetypes),
-        dumps=app.json.dumps,
-        catalogue=None if path is None else incoming.script_root + path,
+        answer,
+        _id_of(incoming),
+        form,
+        details=redact(shown, secrets, extra_keys=keys) if shown else {},
+        errors=redact(errors, secrets, extra_keys=keys) if errors else (),
     )
-    response = app.response_class(data, error.status, content_type=content_type)
-    for name, value in render.headers_of(error, exception, state.config.www_authenticate):
-        response.headers[name] = value
+    response = app.response_class(data, answer.status, content_type=content_type)
+    render.set_headers(response.headers, answer, exception, state.config.www_authenticate)
     return response
 
 
@@ -348,12 +365,14 @@ def _log(
     fingerprint: str,
     secrets: tuple[str, ...],
 ) -> None:
-    window_s = _REFUSAL_WINDOW_S if error.refusal else state.config.repeat_window_s
-    key = type(error).__name__ if error.refusal else f"{type_name(exception)} {fingerprint}"
     logger, level = app.logger, error.row.log_level
-    if not state.repeats.is_first(key, window_s, only_sums=error.refusal):
-        return
     if not logger.isEnabledFor(level):
+        return
+    if error.refusal:
+        state.repeats.is_first((level, type(error).__name__), _REFUSAL_WINDOW_S, only_sums=True)
+        return
+    key = (level, f"{type_name(exception)} {fingerprint}")
+    if not state.repeats.is_first(key, state.config.repeat_window_s):
         return
     text = redact_text(f"{type_name(exception)}: {exception}", secrets)
     if error.status >= 500:
@@ -378,9 +397,10 @@ def _log(
     )
 
 
-def _log_repeats(name: str, key: str, repeats: int, window_s: float) -> None:
-    logging.getLogger(name).warning(
-        "%s: %d more in the last %.0f s", key, repeats, max(window_s, 1.0)
+def _log_repeats(name: str, key: tuple[int, str], repeats: int, window_s: float) -> None:
+    level, what = key
+    logging.getLogger(name).log(
+        level, "%s: %d more in the last %.0f s", what, repeats, max(window_s, 1.0)
     )
 
 
@@ -393,32 +413,32 @@ def _keep(
     place: str,
     secrets: tuple[str, ...],
 ) -> None:
-    if not state.config.keep:
-        return
-    # Raw, because most are never read; `recent_errors` redacts what it gives.
+    message = error.message or str(exception)
+    # Texts are kept raw, because most are never read; `recent_errors` redacts what it gives.
+    # Details may refer to anything of any size, so what is kept of them is a bounded copy.
+    details, keys = error.details, state.config.redact_keys
     occurrence = Occurrence(
         _id_of(incoming),
         incoming.method,
         incoming.path,
-        error.message or str(exception),
-        error.details,
+        message if len(message) <= _MAX_KEPT_TEXT else redact_text(message, secrets),
+        redact(details, secrets, extra_keys=keys) if details else {},
         secrets,
     )
-    state.recent.add(
-        fingerprint,
-        occurrence,
-        lambda: {
-            "fingerprint": fingerprint,
-            "type": type_name(exception),
-            "error": type(error).__name__,
-            "category": error.category.value,
-            "severity": error.severity.value,
-            "status": error.status,
-            "place": place,
-            "message": redact_text(error.message or str(exception), secrets),
-            "traceback": formatted_traceback(exception, secrets) if error.status >= 500 else None,
-        },
-    )
+    if state.recent.again(fingerprint, occurrence):
+        return
+    fault = {
+        "fingerprint": fingerprint,
+        "type": type_name(exception),
+        "error": type(error).__name__,
+        "category": error.category.value,
+        "severity": error.severity.value,
+        "status": error.status,
+        "place": place,
+        "message": redact_text(message, secrets),
+        "traceback": formatted_traceback(exception, secrets) if error.status >= 500 else None,
+    }
+    state.recent.first(fingerprint, fault, occurrence)
 
 
 def _id_of(incoming: Request) -> str:

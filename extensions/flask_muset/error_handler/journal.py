@@ -7,9 +7,9 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
-from flask_muset.redaction import redact, redact_text
+from flask_muset.redaction import redact_text
 
 __all__ = ["Occurrence", "RecentErrors", "Repeats", "formatted_traceback"]
 
@@ -18,6 +18,8 @@ _KEPT_OF_EACH = 5
 #: Faults that are told apart in one window; beyond it the oldest window ends early.
 _MAX_WINDOWS = 1_000
 
+#: The level of a log line and what it says has happened.
+Key = tuple[int, str]
 Schedule = Callable[[float, Callable[[], None]], object]
 
 
@@ -45,7 +47,7 @@ class Repeats:
 
     def __init__(
         self,
-        emit: Callable[[str, int, float], None],
+        emit: Callable[[Key, int, float], None],
         *,
         clock: Callable[[], float],
         schedule: Schedule = start_timer,
@@ -53,18 +55,18 @@ class Repeats:
         self._emit = emit
         self._clock = clock
         self._schedule = schedule
-        self._windows: OrderedDict[str, _Window] = OrderedDict()
+        self._windows: OrderedDict[Key, _Window] = OrderedDict()
         self._lock = threading.Lock()
 
-    def is_first(self, key: str, window_s: float, *, only_sums: bool = False) -> bool:
+    def is_first(self, key: Key, window_s: float, *, only_sums: bool = False) -> bool:
         """Count one occurrence; True if it is the first of a new window.
 
         Args:
-            key: What happened.
+            key: What happened; the sum is told with it.
             window_s: How long the repeats are summed up, in seconds.
             only_sums: Count the first one as a repeat too, and never answer True.
         """
-        due: list[tuple[str, _Window]] = []
+        due: list[tuple[Key, _Window]] = []
         with self._lock:
             now = self._clock()
             window = self._windows.get(key)
@@ -81,14 +83,14 @@ class Repeats:
             self._schedule(max(0.0, window.end - now), lambda: self._flush(key, window, window_s))
         return first
 
-    def _replace(self, key: str, window: _Window | None) -> list[tuple[str, _Window]]:
+    def _replace(self, key: Key, window: _Window | None) -> list[tuple[Key, _Window]]:
         due = [] if window is None else [(key, window)]
         self._windows.pop(key, None)
         while len(self._windows) >= _MAX_WINDOWS:
             due.append(self._windows.popitem(last=False))
         return due
 
-    def _flush(self, key: str, window: _Window, window_s: float) -> None:
+    def _flush(self, key: Key, window: _Window, window_s: float) -> None:
         with self._lock:
             repeats, window.repeats = window.repeats, 0
             if self._windows.get(key) is window and self._clock() >= window.end:
@@ -104,11 +106,11 @@ class Repeats:
             self._flush(key, window, window.end - self._clock())
 
 
-@dataclass(frozen=True, slots=True)
-class Occurrence:
+class Occurrence(NamedTuple):
     """One error of one request, as it was; only `shown` may leave the process.
 
     Attributes:
+        details: Redacted already.
         secrets: Values of the request that are hidden wherever they occur.
     """
 
@@ -119,14 +121,14 @@ class Occurrence:
     details: dict[str, Any]
     secrets: tuple[str, ...]
 
-    def shown(self, redact_keys: frozenset[str]) -> dict[str, Any]:
+    def shown(self) -> dict[str, Any]:
         """A redacted copy."""
         return {
             "request_id": self.request_id,
             "method": redact_text(self.method, self.secrets),
             "path": redact_text(self.path, self.secrets),
             "message": redact_text(self.message, self.secrets),
-            "details": redact(self.details, self.secrets, extra_keys=redact_keys),
+            "details": self.details,
         }
 
 
@@ -143,7 +145,7 @@ class RecentErrors:
     """The newest occurrences of the newest faults, bounded.
 
     Args:
-        keep: How many faults; 0 keeps nothing.
+        keep: How many faults, at least 1.
     """
 
     def __init__(self, keep: int) -> None:
@@ -151,37 +153,27 @@ class RecentErrors:
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
         self._lock = threading.Lock()
 
-    def add(
-        self,
-        fingerprint: str,
-        occurrence: Occurrence,
-        fault: Callable[[], dict[str, Any]],
-    ) -> None:
-        """Keep one occurrence.
-
-        Args:
-            fingerprint: Of the fault.
-            occurrence: When and on what request it happened.
-            fault: Makes the description of a fault that is new here; it may be expensive.
-        """
-        if not self._keep:
-            return
-        known = self._kept.get(fingerprint)
-        new = _Kept(fault()) if known is None else known
+    def again(self, fingerprint: str, occurrence: Occurrence) -> bool:
+        """Keep one more occurrence of a fault that is known; False, and nothing, if it is not."""
         with self._lock:
-            kept = self._kept.setdefault(fingerprint, new)
+            kept = self._kept.get(fingerprint)
+            if kept is None:
+                return False
             self._kept.move_to_end(fingerprint)
             kept.count += 1
             kept.last.append((time.time(), occurrence))
+        return True
+
+    def first(self, fingerprint: str, fault: dict[str, Any], occurrence: Occurrence) -> None:
+        """Keep a new fault, its description and its first occurrence."""
+        with self._lock:
+            self._kept.setdefault(fingerprint, _Kept(fault))
             while len(self._kept) > self._keep:
                 self._kept.popitem(last=False)
+        self.again(fingerprint, occurrence)
 
-    def newest(self, redact_keys: frozenset[str]) -> list[dict[str, Any]]:
-        """Plain redacted copies, the fault that happened last first, its newest occurrence first.
-
-        Args:
-            redact_keys: More names, in lower case, whose values are secrets.
-        """
+    def newest(self) -> list[dict[str, Any]]:
+        """Plain redacted copies, what happened last first."""
         with self._lock:
             kept = [(k.fault, k.count, list(k.last)) for k in reversed(self._kept.values())]
         return [
@@ -189,7 +181,7 @@ class RecentErrors:
             | {
                 "count": count,
                 "last_seen": _iso(last[-1][0]),
-                "newest": [o.shown(redact_keys) | {"at": _iso(at)} for at, o in last[::-1]],
+                "newest": [o.shown() | {"at": _iso(at)} for at, o in last[::-1]],
             }
             for fault, count, last in kept
         ]

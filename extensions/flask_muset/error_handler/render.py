@@ -2,24 +2,32 @@
 
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from http import HTTPStatus
-from typing import Any
+from secrets import token_hex
+from typing import Any, NamedTuple
 
-from flask_muset.errors import TABLE, ErrorCategory, MusetError
-from flask_muset.redaction import redact, redact_text
+from werkzeug.datastructures import Headers, MIMEAccept
+from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_accept_header
+
+from flask_muset.errors import ErrorCategory, MusetError, Severity
+from flask_muset.redaction import redact_text
 
 __all__ = [
     "HTML_TYPE",
     "JSON_TYPE",
     "PROBLEM_TYPE",
-    "body_of",
+    "Answer",
+    "Form",
+    "answer_of",
     "category_of",
     "constant_body",
-    "headers_of",
     "page",
     "preferred_type",
     "render",
+    "set_headers",
 ]
 
 JSON_TYPE = "application/json"
@@ -50,15 +58,17 @@ def page(title: str, body: str) -> bytes:
     return _PAGE.format(title=html.escape(title), body=body).encode("utf-8", "replace")
 
 
-def preferred_type(accept: Any) -> str:
+@lru_cache(maxsize=256)
+def preferred_type(header: str | None) -> str:
     """Choose the media type for an error.
 
     JSON unless the client names one of the two others and wants it at least as much; a header that
     cannot be understood names neither.
 
     Args:
-        accept: Werkzeug's parsed `Accept` header.
+        header: `Accept` as it was sent, None where it was not.
     """
+    accept = parse_accept_header(header, MIMEAccept)
     best, best_quality = JSON_TYPE, 0.0
     for value, quality in accept:
         value = value.partition(";")[0].strip().lower()
@@ -71,66 +81,127 @@ def preferred_type(accept: Any) -> str:
     return best
 
 
-def body_of(
-    error: MusetError,
-    *,
-    path: str,
-    request_id: str,
-    secrets: tuple[str, ...],
-    redact_keys: frozenset[str],
-) -> dict[str, Any]:
-    """The members that every form of the answer has."""
-    row = TABLE[error.category]
-    shown = error.details if row.shows_details else {}
-    details = redact(shown, secrets, extra_keys=redact_keys) if shown else {}
-    errors, retry_after = error.errors, error.retry_after
-    body: dict[str, Any] = {
-        "error": type(error).__name__,
-        "message": redact_text(error.user_message, secrets),
-        "category": error.category.value,
-        "severity": row.severity.value,
-        "retryable": error.retryable,
-        "details": details,
-        "path": redact_text(path, secrets),
-        "request_id": request_id,
-    }
-    if errors:
-        body["errors"] = redact(errors, secrets, extra_keys=redact_keys)
-    if retry_after is not None:
-        body["retry_after"] = retry_after
-    return body
+class Form(NamedTuple):
+    """How an answer is written.
 
-
-def render(
-    error: MusetError,
-    body: Mapping[str, Any],
-    media_type: str,
-    *,
-    dumps: Callable[[Any], str],
-    catalogue: str | None,
-) -> tuple[str, bytes]:
-    """Return the content type and the bytes of the answer.
-
-    Args:
-        error: What went wrong.
-        body: From `body_of`.
+    Attributes:
         media_type: From `preferred_type`.
         dumps: The app's JSON encoder.
         catalogue: Address of the error catalogue, None where there is none.
     """
-    if media_type == HTML_TYPE:
-        return "text/html; charset=utf-8", _error_page(error.status, body, catalogue)
-    if media_type == PROBLEM_TYPE:
-        about = f"{catalogue}/{body['category']}" if catalogue else "about:blank"
-        problem = {
+
+    media_type: str
+    dumps: Callable[[Any], str]
+    catalogue: str | None
+
+
+class Answer(NamedTuple):
+    """What an answer says beside its details, its field errors and its request id.
+
+    Plain redacted values, so that answers that say the same are equal.
+    """
+
+    error: str
+    message: str
+    category: ErrorCategory
+    severity: Severity
+    retryable: bool
+    path: str
+    status: int
+    retry_after: int | None
+
+
+def answer_of(error: MusetError, path: str, secrets: tuple[str, ...]) -> Answer:
+    """Return what is said about an error.
+
+    Args:
+        error: What went wrong.
+        path: Of the request.
+        secrets: Values of the request that are hidden wherever they occur.
+    """
+    return Answer(
+        type(error).__name__,
+        redact_text(error.user_message, secrets),
+        error.category,
+        error.row.severity,
+        error.retryable,
+        redact_text(path, secrets),
+        error.status,
+        error.retry_after,
+    )
+
+
+def render(
+    answer: Answer,
+    request_id: str,
+    form: Form,
+    *,
+    details: Mapping[str, Any],
+    errors: Sequence[Mapping[str, Any]],
+) -> tuple[str, bytes]:
+    """Return the content type and the bytes of an answer.
+
+    Args:
+        answer: From `answer_of`.
+        request_id: Letters, digits, dots, dashes and underscores only.
+        form: How it is written.
+        details: Redacted.
+        errors: Entries `{field, code, message}`, redacted.
+    """
+    if not details and not errors:
+        known = _around_the_id(answer, form)
+        if known is not None:
+            content_type, before, after = known
+            return content_type, before + request_id.encode() + after
+    return _render(answer, request_id, form, details, errors)
+
+
+#: Stands where an id will be; nobody else can know it, so no message or path has it.
+_PLACEHOLDER = token_hex(16)
+
+
+@lru_cache(maxsize=128)
+def _around_the_id(answer: Answer, form: Form) -> tuple[str, bytes, bytes] | None:
+    """Render once what differs in its id only, because encoding is half of an error's cost."""
+    content_type, data = _render(answer, _PLACEHOLDER, form, {}, ())
+    parts = data.split(_PLACEHOLDER.encode())
+    # An app's own encoder may do anything to it.
+    return (content_type, parts[0], parts[1]) if len(parts) == 2 else None
+
+
+def _render(
+    answer: Answer,
+    request_id: str,
+    form: Form,
+    details: Mapping[str, Any],
+    errors: Sequence[Mapping[str, Any]],
+) -> tuple[str, bytes]:
+    if form.media_type == HTML_TYPE:
+        return "text/html; charset=utf-8", _error_page(answer, request_id, errors, form.catalogue)
+    body: dict[str, Any] = {
+        "error": answer.error,
+        "message": answer.message,
+        "category": answer.category.value,
+        "severity": answer.severity.value,
+        "retryable": answer.retryable,
+        "details": details,
+        "path": answer.path,
+        "request_id": request_id,
+    }
+    if errors:
+        body["errors"] = errors
+    if answer.retry_after is not None:
+        body["retry_after"] = answer.retry_after
+    if form.media_type == PROBLEM_TYPE:
+        about = f"{form.catalogue}/{body['category']}" if form.catalogue else "about:blank"
+        body |= {
             "type": about,
-            "title": _phrase(error.status),
-            "status": error.status,
-            "detail": body["message"],
-            "instance": body["path"],
+            "title": _phrase(answer.status),
+            "status": answer.status,
+            "detail": answer.message,
+            "instance": answer.path,
         }
-        return PROBLEM_TYPE, dumps({**problem, **body}).encode()
-    return JSON_TYPE, dumps(body).encode()
+    return form.media_type, form.dumps(body).encode()
 
 
 def _phrase(status: int) -> str:
@@ -140,18 +211,20 @@ def _phrase(status: int) -> str:
         return "Error"
 
 
-def _error_page(status: int, body: Mapping[str, Any], catalogue: str | None) -> bytes:
-    title = f"{status} {_phrase(status)}"
-    text = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(body['message'])}</p>"]
-    for entry in body.get("errors", ()):
+def _error_page(
+    answer: Answer, request_id: str, errors: Sequence[Mapping[str, Any]], catalogue: str | None
+) -> bytes:
+    title = f"{answer.status} {_phrase(answer.status)}"
+    text = [f"<h1>{html.escape(title)}</h1>", f"<p>{html.escape(answer.message)}</p>"]
+    for entry in errors:
         field = html.escape(str(entry.get("field") or ""))
         text.append(f"<p><code>{field}</code> {html.escape(str(entry.get('message')))}</p>")
-    if "retry_after" in body:
-        text.append(f"<p>Please try again in {body['retry_after']} seconds.</p>")
+    if answer.retry_after is not None:
+        text.append(f"<p>Please try again in {answer.retry_after} seconds.</p>")
     if catalogue:
-        link = html.escape(f"{catalogue}/{body['category']}")
+        link = html.escape(f"{catalogue}/{answer.category}")
         text.append(f'<p><a href="{link}">What this means</a></p>')
-    text.append(f"<p><small>Request {html.escape(body['request_id'])}</small></p>")
+    text.append(f"<p><small>Request {html.escape(request_id)}</small></p>")
     return page(title, "".join(text))
 
 
@@ -171,30 +244,25 @@ def constant_body(path: str, request_id: str) -> bytes:
     ).encode()
 
 
-def headers_of(error: MusetError, source: BaseException, challenge: str) -> list[tuple[str, str]]:
-    """The headers that belong to the error, those of a Werkzeug exception kept.
+def set_headers(headers: Headers, answer: Answer, source: BaseException, challenge: str) -> None:
+    """Set the headers that belong to the error, those of a Werkzeug exception kept.
 
     Args:
-        error: What went wrong.
+        headers: Of the response; those of its body stay.
+        answer: From `answer_of`.
         source: What was raised.
         challenge: For a 401 that brings none.
     """
-    kept: list[tuple[str, str]] = []
-    get_headers = getattr(source, "get_headers", None)
-    if get_headers is not None and not isinstance(source, MusetError):
-        kept = [
-            (name, value)
-            for name, value in get_headers()
-            if name.lower() not in ("content-type", "content-length")
-        ]
-    names = {name.lower() for name, _ in kept}
-    if error.retry_after is not None and "retry-after" not in names:
-        kept.append(("Retry-After", str(error.retry_after)))
-    if error.status == 401 and "www-authenticate" not in names:
-        kept.append(("WWW-Authenticate", challenge))
+    if isinstance(source, HTTPException):
+        for name, value in source.get_headers():
+            if name.lower() not in ("content-type", "content-length"):
+                headers.add(name, value)
+    if answer.retry_after is not None:
+        headers.setdefault("Retry-After", str(answer.retry_after))
+    if answer.status == 401:
+        headers.setdefault("WWW-Authenticate", challenge)
     # The body bears the id of its own request, so it is nobody else's.
-    kept.append(("Cache-Control", "no-store"))
-    return kept
+    headers["Cache-Control"] = "no-store"
 
 
 def category_of(name: str) -> ErrorCategory | None:

@@ -6,6 +6,7 @@ that nothing is imported and a library that is not there costs nothing.
 
 import errno
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from flask_muset.errors import (
@@ -60,15 +61,19 @@ def translate(exception: BaseException, own: Mapping[type, Translation]) -> Muse
     """
     if isinstance(exception, MusetError):
         return exception
-    mro = type(exception).__mro__
-    for cls in mro:
-        if cls in own:
-            return _apply(own[cls], exception)
-    for cls in mro:
-        known = _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
-        if known is not None:
-            return _apply(known, exception)
-    return InternalError(str(exception))
+    if own:
+        for cls in type(exception).__mro__:
+            if cls in own:
+                return _apply(own[cls], exception)
+    known = _known(type(exception))  # type: ignore[arg-type] # mypy doubts that classes hash
+    return InternalError(str(exception)) if known is None else _apply(known, exception)
+
+
+@lru_cache(maxsize=1024)
+def _known(cls: type[BaseException]) -> Translation | None:
+    """The nearest built-in translation."""
+    names = (f"{base.__module__}.{base.__qualname__}" for base in cls.__mro__)
+    return next((_KNOWN[name] for name in names if name in _KNOWN), None)
 
 
 def _apply(translation: Translation, exception: BaseException) -> MusetError:
