@@ -98,8 +98,12 @@ def _url(*schemes: str) -> Callable[[str], str]:
 
 
 def _database_url(text: str) -> str:
-    if not text.startswith("sqlite:///") or text == "sqlite:///" or ":memory:" in text:
-        raise ValueError("the URL of an SQLite file, such as sqlite:////var/lib/muset/muset.db")
+    # A relative path would mean another file in another working directory.
+    if not text.startswith("sqlite:////") or text.endswith("/"):
+        raise ValueError(
+            "the URL of an SQLite file with an absolute path, such as "
+            "sqlite:////var/lib/muset/muset.db"
+        )
     return text
 
 

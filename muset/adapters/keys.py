@@ -57,8 +57,7 @@ def user_id_of(connection: Connection, email: str) -> int:
     if found is not None:
         return found
     values = {"email": email, "created_at": _naive(datetime.now(UTC))}
-    made = connection.execute(insert(User).values(values)).inserted_primary_key
-    return int(made[0]) if made else 0
+    return connection.execute(insert(User).values(values).returning(User.id)).scalar_one()
 
 
 class SqliteKeyStore:

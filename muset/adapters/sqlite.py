@@ -44,7 +44,6 @@ def _runner() -> Callable[[Callable[[], Any]], Any]:
         except BaseException:
             # Cut off by a timeout: the thread still uses the connection, so wait for its end
             # before somebody else may have it.
-            task.rawlink(lambda _: None)
             _wait_for_end(task)
             raise
         if kind:
@@ -56,12 +55,10 @@ def _runner() -> Callable[[Callable[[], Any]], Any]:
 
 def _wait_for_end(task: Any) -> None:
     """Wait without an end of our own; a statement lasts at most its busy time-out and its work."""
-    from gevent import Timeout
-
     while not task.ready():
         try:
             task.wait()
-        except Timeout:
+        except BaseException:  # noqa: BLE001, S112 - the first one is raised when the thread ends
             continue
 
 

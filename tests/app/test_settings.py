@@ -53,6 +53,13 @@ def test_all_problems_at_once_with_cure_and_without_secrets():
     assert "hunter2" not in text
 
 
+@pytest.mark.parametrize("url", ["sqlite:///muset.db", "sqlite:////tmp/", "sqlite://"])
+def test_a_database_without_an_absolute_path_is_refused(url):
+    """It would be another file in another working directory."""
+    with pytest.raises(SettingsError, match=r"DATABASE_URL .* absolute path"):
+        load_settings({"DATABASE_URL": url})
+
+
 def test_secret_from_a_file(tmp_path):
     """X_FILE gives X; both at once, or a file that cannot be read, stop the start."""
     path = tmp_path / "url"
