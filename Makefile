@@ -21,15 +21,16 @@ check: .venv/.check docs
 docs: .venv/.check
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
 
-bench: .venv/.test
-	$(BIN)/python benchmarks/error_handler_cost.py
-	$(BIN)/python benchmarks/fairness.py
+bench: .venv-bench/.bench
+	.venv-bench/bin/python benchmarks/http_instructions.py
+	.venv-bench/bin/python benchmarks/micro.py --valgrind
+	.venv-bench/bin/python benchmarks/fairness.py
 
 prove: .venv/.test
 	$(BIN)/python -m pytest -q --prove tests
 
 clean:
-	rm -rf .venv .venv-ext build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ext .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -51,4 +52,10 @@ clean:
 .venv-ext/.test: $(SOURCES)
 	$(PYTHON) -m venv .venv-ext
 	.venv-ext/bin/pip install -q --disable-pip-version-check $(PIN) -e './extensions[test]'
+	@touch $@
+
+.venv-bench/.bench: $(SOURCES) benchmarks/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q --disable-pip-version-check $(PIN) -e './extensions[all]' \
+	  -r benchmarks/requirements.txt
 	@touch $@
