@@ -69,6 +69,18 @@ class Service:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return [int(child) for child in children]
 
+    @contextlib.contextmanager
+    def frozen(self):
+        """The worker processes stop within the block, as in a long pause of the machine."""
+        workers = self.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+
     def kill_group(self):
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait(10)

@@ -150,3 +150,22 @@ def test_clients_while_indexing(service, prove):
     )
     assert done[0].status_code == 201
     assert failed == []
+
+
+def test_a_frozen_worker_goes_on_where_it_stopped(service):
+    """What was sent while the worker stood still is answered when it goes on; nothing is lost."""
+    service.start()
+
+    def ask(_):
+        answer = requests.get(
+            f"{service.url}/api/v1/documents", headers=service.headers, timeout=20
+        )
+        return answer.status_code
+
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        with service.frozen():
+            answers = [pool.submit(ask, n) for n in range(8)]
+            with pytest.raises(requests.ReadTimeout):
+                requests.get(f"{service.url}/health/live", timeout=0.5)
+            assert not any(answer.done() for answer in answers)
+        assert [answer.result() for answer in answers] == [200] * 8
