@@ -1,6 +1,7 @@
 """The applications under test, each made by the function of its name.
 
-All have GET /api/ping -> {"status": "ok", "n": 1}; those with an error path GET /api/fail too.
+All have GET /api/ping -> {"status": "ok", "n": 1}; those with an error path GET /api/fail too,
+bare and ours also /api/fail/<number>, for errors of which no two are the same.
 REDIS_PORT stands in the environment where Redis is needed.
 """
 
@@ -17,7 +18,8 @@ def error_handler():
     app = _flask(before=ErrorHandler)
 
     @app.get("/api/fail")
-    def fail():
+    @app.get("/api/fail/<int:_number>")
+    def fail(_number=0):
         raise ValueError("no")
 
     return app
@@ -94,7 +96,8 @@ def bare():
         return jsonify({"status": "error", "code": "internal", "message": "internal error"}), 500
 
     @app.get("/api/fail")
-    def fail():
+    @app.get("/api/fail/<int:_number>")
+    def fail(_number=0):
         raise ValueError("no")
 
     return app

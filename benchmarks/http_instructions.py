@@ -7,6 +7,7 @@ The log lines of errors are discarded by their level. Takes some 75 s with all p
 
 import argparse
 import io
+import itertools
 import json
 import logging
 import os
@@ -60,8 +61,13 @@ def client(name, path, want):
             if status[0] not in want:
                 raise RuntimeError(f"{name} answered {status}")
 
+        numbers = itertools.count(10_000)
+
         def call():
-            body = app(dict(environ), start_response)
+            sent = dict(environ)
+            if "{" in path:
+                sent["PATH_INFO"] = path.format(next(numbers))
+            body = app(sent, start_response)
             b"".join(body)
             if hasattr(body, "close"):
                 body.close()
@@ -80,6 +86,12 @@ def child(names):
     cases = {name: client(name, "/api/ping", "2") for name in names}
     cases |= {
         f"{name}, error path": client(name, "/api/fail", "45") for name in FAILING if name in names
+    }
+    # Equal answers are rendered once; here no two are equal.
+    cases |= {
+        f"{name}, new error path": client(name, "/api/fail/{}", "5")
+        for name in ("bare", *OURS)
+        if name in names
     }
     print(json.dumps(c.instructions(cases, 100, 300)))
 
@@ -109,7 +121,7 @@ def main():
         return print("not measured: valgrind is missing")
     rows = []
     for name, count in found.items():
-        base = found["bare, error path" if "error path" in name else "bare"]
+        base = found["bare" + name[name.index(",") :] if "," in name else "bare"]
         rows.append(
             {
                 "app": name,

@@ -16,11 +16,6 @@ def _importable():
     sys.path.remove(str(BENCHMARKS))
 
 
-def load(name):
-    """A script of benchmarks/ as a module."""
-    return importlib.import_module(name)
-
-
 @pytest.mark.full_only
 @pytest.mark.claim(
     "64 kept connections at full speed on one worker: p99 at most 3 times p50, none lost, at least "
@@ -28,7 +23,7 @@ def load(name):
 )
 def test_fairness(prove):
     """wrk on a bare Flask app, our worker and the stock one in turns."""
-    found = load("fairness").measure(seconds=6, rounds=5)
+    found = importlib.import_module("fairness").measure(seconds=6, rounds=5)
     if found is None:
         prove.missing("wrk")
     ours, stock = found["ours"], found["stock"]
@@ -59,14 +54,17 @@ def test_cost_of_an_error(prove, costs):
     """Instructions under valgrind, the log line discarded by its level."""
     if costs is None:
         prove.missing("valgrind")
-    prove.figure(f"{costs['error ratio']:.3f}")
+    prove.figure(
+        f"{costs['error ratio']:.3f}; {costs['new error ratio']:.3f} where no two errors are equal"
+    )
     assert costs["error ratio"] <= 1.15
 
 
 @pytest.fixture(scope="module")
 def costs():
-    found = load("http_instructions").measure(["bare", "error_handler"])
+    found = importlib.import_module("http_instructions").measure(["bare", "error_handler"])
     return found and {
         "success ratio": found["error_handler"] / found["bare"],
         "error ratio": found["error_handler, error path"] / found["bare, error path"],
+        "new error ratio": found["error_handler, new error path"] / found["bare, new error path"],
     }
