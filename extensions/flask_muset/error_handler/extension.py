@@ -340,12 +340,13 @@ def _render(
         app.json.dumps,
         None if path is None else incoming.root_path + path,
     )
-    answer = render.answer_of(error, incoming.path, secrets)
+    answer = render.answer_of(error, secrets)
     shown, errors = error.details, error.errors
     if shown and not error.row.shows_details:
         shown = {}
     content_type, data = render.render(
         answer,
+        redact_text(incoming.path, secrets),
         _id_of(incoming),
         form,
         details=redact(shown, secrets, extra_keys=keys) if shown else {},

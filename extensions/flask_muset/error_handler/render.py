@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from http import HTTPStatus
@@ -96,7 +97,7 @@ class Form(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What an answer says beside its details, its field errors and its request id.
+    """What an answer says beside its details, its field errors, its path and its request id.
 
     Plain redacted values, so that answers that say the same are equal.
     """
@@ -106,17 +107,15 @@ class Answer(NamedTuple):
     category: ErrorCategory
     severity: Severity
     retryable: bool
-    path: str
     status: int
     retry_after: int | None
 
 
-def answer_of(error: MusetError, path: str, secrets: tuple[str, ...]) -> Answer:
+def answer_of(error: MusetError, secrets: tuple[str, ...]) -> Answer:
     """Return what is said about an error.
 
     Args:
         error: What went wrong.
-        path: Of the request.
         secrets: Values of the request that are hidden wherever they occur.
     """
     return Answer(
@@ -125,7 +124,6 @@ def answer_of(error: MusetError, path: str, secrets: tuple[str, ...]) -> Answer:
         error.category,
         error.row.severity,
         error.retryable,
-        redact_text(path, secrets),
         error.status,
         error.retry_after,
     )
@@ -133,6 +131,7 @@ def answer_of(error: MusetError, path: str, secrets: tuple[str, ...]) -> Answer:
 
 def render(
     answer: Answer,
+    path: str,
     request_id: str,
     form: Form,
     *,
@@ -143,34 +142,40 @@ def render(
 
     Args:
         answer: From `answer_of`.
+        path: Of the request, redacted.
         request_id: Letters, digits, dots, dashes and underscores only.
         form: How it is written.
         details: Redacted.
         errors: Entries `{field, code, message}`, redacted.
     """
-    if not details and not errors:
-        known = _around_the_id(answer, form)
+    if not details and not errors and _is_plain(path):
+        known = _template(answer, form)
         if known is not None:
-            content_type, before, after = known
-            return content_type, before + request_id.encode() + after
-    return _render(answer, request_id, form, details, errors)
+            content_type, text = known
+            text = text.replace(_PATH, path).replace(_ID, request_id)
+            return content_type, text.encode()
+    return _render(answer, path, request_id, form, details, errors)
 
 
-#: Stands where an id will be; nobody else can know it, so no message or path has it.
-_PLACEHOLDER = token_hex(16)
+#: Stand where a path and an id will be; nobody else can know them, so no message has them.
+_PATH, _ID = token_hex(16), token_hex(16)
+#: Characters that every encoder of JSON leaves as they are.
+_is_plain = re.compile(r"[A-Za-z0-9/._~-]*").fullmatch
 
 
 @lru_cache(maxsize=128)
-def _around_the_id(answer: Answer, form: Form) -> tuple[str, bytes, bytes] | None:
-    """Render once what differs in its id only, because encoding is half of an error's cost."""
-    content_type, data = _render(answer, _PLACEHOLDER, form, {}, ())
-    parts = data.split(_PLACEHOLDER.encode())
-    # An app's own encoder may do anything to it.
-    return (content_type, parts[0], parts[1]) if len(parts) == 2 else None
+def _template(answer: Answer, form: Form) -> tuple[str, str] | None:
+    """Render once what differs in path and id only, because encoding is half of an error's cost."""
+    content_type, data = _render(answer, _PATH, _ID, form, {}, ())
+    text = data.decode()
+    # An app's own encoder may do anything to them.
+    whole = _ID in text and (form.media_type == HTML_TYPE or _PATH in text)
+    return (content_type, text) if whole else None
 
 
 def _render(
     answer: Answer,
+    path: str,
     request_id: str,
     form: Form,
     details: Mapping[str, Any],
@@ -185,7 +190,7 @@ def _render(
         "severity": answer.severity.value,
         "retryable": answer.retryable,
         "details": details,
-        "path": answer.path,
+        "path": path,
         "request_id": request_id,
     }
     if errors:
@@ -199,7 +204,7 @@ def _render(
             "title": _phrase(answer.status),
             "status": answer.status,
             "detail": answer.message,
-            "instance": answer.path,
+            "instance": path,
         }
     return form.media_type, form.dumps(body).encode()
 
