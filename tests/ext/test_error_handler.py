@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import weakref
+from urllib.parse import quote
 
 import pytest
 from flask import (
@@ -648,3 +649,36 @@ def test_http_exception_subclass_without_description(app):
 
     answer = raising(app, Odd()).get("/fail")
     assert (answer.status_code, answer.json["category"]) == (499, "validation")
+
+
+@pytest.mark.parametrize("accept", ["*/*", "application/problem+json", "text/html"])
+def test_every_path_is_answered_as_itself(accept):
+    """Answers are kept and used again for other paths and ids, whatever characters those have."""
+    app = Flask(__name__)
+    ErrorHandler(app)
+    client = app.test_client()
+    for path in ("/a", "/b.c/~d_e-f", '/"x"', "/a b", "/\\n", "/\u00fc", "/<b>", "/a", "/%25"):
+        for request_id in ("first-request", "second-request"):
+            answer = client.get(quote(path), headers={"Accept": accept, "X-Request-ID": request_id})
+            assert answer.status_code == 404
+            if accept == "text/html":
+                assert f"Request {request_id}<" in answer.text
+                continue
+            body = answer.get_json(force=True)
+            assert (body["path"], body["request_id"]) == (path, request_id)
+            assert body.get("instance", path) == path
+
+
+def test_an_encoder_of_the_apps_own_sees_every_answer():
+    """Nothing is put into text that an encoder has made into something else."""
+
+    class Hexadecimal(DefaultJSONProvider):
+        def dumps(self, obj, **kwargs):
+            return super().dumps(obj, **kwargs).encode().hex()
+
+    app = Flask(__name__)
+    app.json = Hexadecimal(app)
+    ErrorHandler(app)
+    for path in ("/one", "/two"):
+        data = bytes.fromhex(app.test_client().get(path).text)
+        assert json.loads(data)["path"] == path

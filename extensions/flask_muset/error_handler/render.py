@@ -159,7 +159,7 @@ def render(
 
 #: Stand where a path and an id will be; nobody else can know them, so no message has them.
 _PATH, _ID = token_hex(16), token_hex(16)
-#: Characters that every encoder of JSON leaves as they are.
+#: Characters that stand for themselves in JSON.
 _is_plain = re.compile(r"[A-Za-z0-9/._~-]*").fullmatch
 
 
