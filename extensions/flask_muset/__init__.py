@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flask_muset.error_handler import ErrorHandler
+    from flask_muset.resilience import Resilience
 
-__all__ = ["ErrorHandler"]
+__all__ = ["ErrorHandler", "Resilience"]
 
-_HOMES = {"ErrorHandler": "flask_muset.error_handler"}
+_HOMES = {
+    "ErrorHandler": "flask_muset.error_handler",
+    "Resilience": "flask_muset.resilience",
+}
 
 
 def __getattr__(name: str) -> Any:

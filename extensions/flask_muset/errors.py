@@ -269,7 +269,13 @@ class MusetError(Exception):
 
     category: ClassVar[ErrorCategory] = ErrorCategory.INTERNAL
     #: True for a deliberate refusal by this process: never retried here, logged in summaries.
-    refusal: ClassVar[bool] = False
+    refusal: bool = False
+    code: str | None = None
+    _details: dict[str, Any] | None = None
+    _user_message: str | None = None
+    _retry_after: float | None = None
+    _retryable: bool | None = None
+    _status: int | None = None
 
     def __init__(
         self,
@@ -281,14 +287,31 @@ class MusetError(Exception):
         code: str | None = None,
         retryable: bool | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.details: dict[str, Any] = dict(details or {})
-        self.code = code
-        self._user_message = user_message
-        self._retry_after = retry_after
-        self._retryable = retryable
-        self._status: int | None = None
+        # What is not given is the class's: refusals are made by the thousand while a service is
+        # overloaded.
+        self.args = (message,)
+        if details:
+            self._details = dict(details)
+        if user_message is not None:
+            self._user_message = user_message
+        if retry_after is not None:
+            self._retry_after = retry_after
+        if code is not None:
+            self.code = code
+        if retryable is not None:
+            self._retryable = retryable
+
+    @property
+    def message(self) -> str:
+        """What happened, for developers."""
+        return self.args[0]  # type: ignore[no-any-return]
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """More about it, by name; a dictionary of this error's own."""
+        if self._details is None:
+            self._details = {}
+        return self._details
 
     @property
     def row(self) -> Row:
@@ -320,6 +343,11 @@ class MusetError(Exception):
         if self._retry_after is not None:
             return max(0, math.ceil(self._retry_after))
         return DEFAULT_RETRY_AFTER_S if self.status in (429, 503) and self.retryable else None
+
+    @property
+    def retry_after_s(self) -> float | None:
+        """Seconds to wait as whoever raised it said, None where nobody did."""
+        return self._retry_after
 
     @property
     def user_message(self) -> str:
@@ -437,10 +465,12 @@ class _UnavailableError(MusetError):
         unavailable: True where the dependency cannot be used at all now.
     """
 
+    unavailable: bool = False
+
     def __init__(self, message: str = "", *, unavailable: bool = False, **options: Any) -> None:
         super().__init__(message, **options)
-        self.unavailable = unavailable
         if unavailable:
+            self.unavailable = True
             self.status = 503
 
 
@@ -448,10 +478,7 @@ class OverloadedError(RateLimitError):
     """No room for this request now, whoever sends it."""
 
     refusal = True
-
-    def __init__(self, message: str = "", **options: Any) -> None:
-        super().__init__(message, **options)
-        self.status = 503
+    _status = 503
 
     def _default_message(self) -> str:
         return "The service is busy. Please try again in a moment."
@@ -471,16 +498,18 @@ class CircuitOpenError(ExternalServiceError):
     """A dependency that is known to fail was not called."""
 
     refusal = True
-
-    def __init__(self, message: str = "", **options: Any) -> None:
-        super().__init__(message, unavailable=True, **options)
+    unavailable = True
+    _status = 503
+    # An open circuit refuses what it should relieve, so refusing must be cheap.
+    __init__ = MusetError.__init__
 
 
 class CacheUnavailable(ExternalServiceError):  # noqa: N818 - the name that users know
     """The cache cannot be reached and the answer would be wrong without it."""
 
-    def __init__(self, message: str = "", **options: Any) -> None:
-        super().__init__(message, unavailable=True, **options)
+    unavailable = True
+    _status = 503
+    __init__ = MusetError.__init__
 
 
 class InternalError(MusetError):

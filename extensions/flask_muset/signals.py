@@ -1,16 +1,27 @@
 """What the extensions tell: signals and their payloads.
 
 Listeners such as the Metrics extension meet the others here and nowhere else.
-The sender is the Flask application. Every label comes from a bounded set.
+The sender is the Flask application, None where there is none. Every label comes from a bounded set.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from blinker import Namespace
 
 from flask_muset.errors import ErrorCategory, Severity
 
-__all__ = ["ErrorEvent", "error_handled"]
+__all__ = [
+    "BreakerEvent",
+    "Decision",
+    "ErrorEvent",
+    "LinkEvent",
+    "PolicyEvent",
+    "breaker_changed",
+    "error_handled",
+    "policy_decided",
+    "redis_link_changed",
+]
 
 _signals = Namespace()
 
@@ -46,3 +57,76 @@ class ErrorEvent:
 
 #: Sent with `event`, an ErrorEvent, for every error of a request.
 error_handled = _signals.signal("error-handled")
+
+
+class Decision(StrEnum):
+    """What a part of a policy did, beside letting a call through that succeeded."""
+
+    RETRIED = "retried"
+    NOT_RETRYABLE = "not_retryable"
+    RETRIES_EXHAUSTED = "retries_exhausted"
+    RETRY_BUDGET_EXHAUSTED = "retry_budget_exhausted"
+    RETRY_TOO_LATE = "retry_too_late"
+    REJECTED = "rejected"
+    WOULD_REJECT = "would_reject"
+    TIMED_OUT = "timed_out"
+    OVERRUN = "overrun"
+    FELL_BACK = "fell_back"
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEvent:
+    """One decision.
+
+    Attributes:
+        policy: Name of the policy, or of the breaker that is used alone; "request" for what holds
+            for a whole request; empty for a part that is used alone and has no name. A label: names
+            are given in code and configuration.
+        part: Label: `fallback`, `retry`, `circuit_breaker`, `rate_limit`, `bulkhead`, `timeout`,
+            and for a request `deadline` and `concurrency`.
+        decision: Label.
+        wait_s: Seconds before the next attempt, where there is one.
+        exception: What it was decided on, None for a refusal before the call.
+    """
+
+    policy: str
+    part: str
+    decision: Decision
+    wait_s: float = 0.0
+    exception: BaseException | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerEvent:
+    """A circuit breaker that changed its state.
+
+    Attributes:
+        name: Label: of the breaker.
+        old: Label: the state before.
+        new: Label: the state now.
+    """
+
+    name: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True, slots=True)
+class LinkEvent:
+    """A link to Redis that went up or down.
+
+    Attributes:
+        name: Label: what the link is for.
+        state: Label: `up`, `doubt` or `down`.
+    """
+
+    name: str
+    state: str
+
+
+#: Sent with `event`, a PolicyEvent, for every decision of a policy's part.
+policy_decided = _signals.signal("policy-decided")
+#: Sent with `event`, a BreakerEvent.
+breaker_changed = _signals.signal("breaker-changed")
+#: Sent with `event`, a LinkEvent.
+redis_link_changed = _signals.signal("redis-link-changed")

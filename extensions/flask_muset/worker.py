@@ -19,6 +19,8 @@ from typing import Any
 import gevent
 from gunicorn.workers.ggevent import GeventWorker
 
+from flask_muset import load
+
 __all__ = ["FairGeventWorker", "draining"]
 
 _draining = False
@@ -42,9 +44,25 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        """Give every other ready greenlet its turn, then serve."""
-        gevent.sleep(0)
-        return super().handle_request(listener_name, req, sock, addr)
+        """Give every other ready greenlet its turn, then serve.
+
+        A request that the app's gate refuses is answered at once: it has nothing to wait for, and
+        in the line it would keep its place from one that can be served.
+        """
+        gate: load.Gate | None = getattr(self.wsgi, "extensions", {}).get(load.GATE)
+        if gate is None:
+            gevent.sleep(0)
+            return super().handle_request(listener_name, req, sock, addr)
+        verdict = gate.arrive(req.path)
+        load.arrived.set(verdict)
+        try:
+            if verdict is not load.Verdict.REFUSED:
+                gevent.sleep(0)
+            return super().handle_request(listener_name, req, sock, addr)
+        finally:
+            load.arrived.set(None)
+            if verdict is load.Verdict.ADMITTED:
+                gate.depart()
 
     def timeout_ctx(self) -> "_Waiting":
         """What a connection waits in for its next request; not at all once this is a stop."""

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 import urllib3
 from sqlalchemy.orm import exc as orm_exc
 
-from flask_muset.error_handler.translate import translate
+from flask_muset.translate import translate
 
 
 def status_error(status, headers=None):

@@ -24,15 +24,15 @@ from flask_muset.error_handler.journal import (
     Repeats,
     formatted_traceback,
 )
-from flask_muset.error_handler.translate import (
+from flask_muset.errors import ErrorCategory, MusetError
+from flask_muset.redaction import redact, redact_text, request_secrets
+from flask_muset.signals import ErrorEvent, error_handled
+from flask_muset.translate import (
     Translation,
     aborted_by_validation,
     is_timeout,
     translate,
 )
-from flask_muset.errors import ErrorCategory, MusetError
-from flask_muset.redaction import redact, redact_text, request_secrets
-from flask_muset.signals import ErrorEvent, error_handled
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -114,14 +114,11 @@ class ErrorHandler:
             RuntimeError: It is set up on this app already.
             ValueError: A setting is not allowed.
         """
-        if _KEY in app.extensions:
-            raise RuntimeError(
-                f"ErrorHandler is already set up on app {app.name!r}; call init_app once per app."
-            )
         config = read_config(app.config)
         repeats = Repeats(partial(_log_repeats, app.name), clock=time.monotonic)
         state = _State(config, self._own, repeats, RecentErrors(config.keep))
-        app.extensions[_KEY] = state
+        context.attach(app, _KEY, "ErrorHandler", state)
+        context.translate_with(app, self._own)
         if not config.enabled:
             return
         # Sums that are still open are written when the process ends, or when the app is dropped.
@@ -147,8 +144,9 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
 
 def _bind(app: Flask, state: _State) -> None:
     app.register_error_handler(Exception, partial(_answer_in_flask, app, state))
-    layer = context.install(app)
-    layer.wsgi_app = _Boundary(layer.wsgi_app, app, state).__call__
+    context.install(app).add(
+        context.Rank.ERRORS, lambda wsgi_app: _Boundary(wsgi_app, app, state).__call__
+    )
 
     # Both are Flask's own points of extension, methods that an application class overrides.
     trap = app.trap_http_exception

@@ -1,0 +1,92 @@
+"""How the extensions read their part of an app's configuration: once, checked, all by name."""
+
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+__all__ = ["Key", "flag", "number", "one_of", "read", "whole"]
+
+
+class Key(NamedTuple):
+    """One key.
+
+    Attributes:
+        default: What holds without it.
+        allows: Whether a value is allowed.
+        expected: What is allowed, for people.
+    """
+
+    default: Any
+    allows: Callable[[Any], bool]
+    expected: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def flag(default: bool) -> Key:
+    """True or False."""
+    return Key(default, lambda v: isinstance(v, bool), "True or False")
+
+
+def whole(default: int, low: int, high: int) -> Key:
+    """A whole number in a range."""
+    return Key(
+        default,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and low <= v <= high,
+        f"a whole number from {low} to {high}",
+    )
+
+
+def number(default: float, above: float, high: float, *, zero: str | None = None) -> Key:
+    """Seconds in a range.
+
+    Args:
+        default: What holds without the key.
+        above: They must be greater than this.
+        high: And at most this.
+        zero: What 0 means where it is allowed beside the range.
+    """
+    return Key(
+        default,
+        lambda v: _is_number(v) and (above < v <= high or (zero is not None and v == 0)),
+        f"seconds above {above:g} and at most {high:g}" + (f", or 0 for {zero}" if zero else ""),
+    )
+
+
+def one_of(default: str | None, *allowed: str) -> Key:
+    """A word."""
+    return Key(
+        default,
+        lambda v: v in allowed or (v is None and default is None),
+        "one of " + ", ".join(repr(word) for word in allowed),
+    )
+
+
+def read(
+    config: MutableMapping[str, Any], extension: str, prefix: str, keys: Mapping[str, Key]
+) -> dict[str, Any]:
+    """Set the defaults in an app's configuration and return the checked values.
+
+    Args:
+        config: Of the app.
+        extension: Name for people.
+        prefix: Of the keys, with its underscore.
+        keys: By name without the prefix.
+
+    Returns:
+        The values by name without the prefix.
+
+    Raises:
+        ValueError: A key is unknown or its value is not allowed; the text names both and the cure.
+    """
+    for name in config:
+        if name.startswith(prefix) and name[len(prefix) :] not in keys:
+            known = [prefix + key for key in keys]
+            raise ValueError(f"{name} is not a setting of {extension}; use one of {known}.")
+    values = {}
+    for name, key in keys.items():
+        value = values[name] = config.setdefault(prefix + name, key.default)
+        if not key.allows(value):
+            raise ValueError(f"{prefix}{name} must be {key.expected}, got {value!r}.")
+    return values

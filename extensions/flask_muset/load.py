@@ -1,0 +1,63 @@
+"""How many requests are in this process, counted from the moment that each has arrived.
+
+An app that limits them has a `Gate`. The fair worker passes each request through it as soon as its
+head is read, before the request waits for its turn: a view that only computes never runs twice at
+once, so whoever counts running views alone never refuses anything while the line grows without end.
+Under other workers the request is counted when the app gets it.
+"""
+
+from contextvars import ContextVar
+from enum import Enum
+
+from flask_muset.locks import give_lock
+
+__all__ = ["GATE", "Gate", "Verdict", "arrived"]
+
+#: The key of an app's gate in `app.extensions`.
+GATE = "flask_muset.gate"
+
+
+class Verdict(Enum):
+    """What a gate says of a request."""
+
+    EXEMPT = "exempt"
+    ADMITTED = "admitted"
+    REFUSED = "refused"
+
+
+#: What the worker's gate has said of the current request, None where no worker asks one.
+arrived: ContextVar[Verdict | None] = ContextVar("flask_muset.arrived", default=None)
+
+
+class Gate:
+    """Admits at most `limit` requests at once.
+
+    Args:
+        limit: At least 1.
+        exempt: Beginnings of paths that are always admitted and not counted.
+        refuses: False admits all and counts them.
+    """
+
+    def __init__(self, limit: int, exempt: tuple[str, ...], *, refuses: bool) -> None:
+        self.limit = limit
+        self.in_flight = 0
+        self._exempt = exempt
+        self._refuses = refuses
+        give_lock(self)
+
+    _lock: object
+
+    def arrive(self, path: str) -> Verdict:
+        """A request has come; one that is admitted must depart."""
+        if path.startswith(self._exempt):
+            return Verdict.EXEMPT
+        with self._lock:  # type: ignore[attr-defined]
+            if self._refuses and self.in_flight >= self.limit:
+                return Verdict.REFUSED
+            self.in_flight += 1
+        return Verdict.ADMITTED
+
+    def depart(self) -> None:
+        """An admitted request has ended, its response sent."""
+        with self._lock:  # type: ignore[attr-defined]
+            self.in_flight -= 1

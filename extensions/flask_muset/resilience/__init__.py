@@ -1,0 +1,36 @@
+"""Resilience: policies for what a service depends on, and limits for its requests."""
+
+from flask_muset.deadline import deadline
+from flask_muset.resilience.budget import RetryBudget
+from flask_muset.resilience.bulkhead import Bulkhead
+from flask_muset.resilience.circuit_breaker import BreakerState, CircuitBreaker
+from flask_muset.resilience.extension import UNLIMITED, Resilience, error_recovery, policies_of
+from flask_muset.resilience.fallback import Fallback
+from flask_muset.resilience.policy import Outcome, Policy
+from flask_muset.resilience.rate_limit import Hit, RateLimit
+from flask_muset.resilience.recovery import ErrorRecovery
+from flask_muset.resilience.retrying import RetryStrategy, retry, retry_async, retry_call
+from flask_muset.resilience.timeout import Timeout
+
+__all__ = [
+    "UNLIMITED",
+    "BreakerState",
+    "Bulkhead",
+    "CircuitBreaker",
+    "ErrorRecovery",
+    "Fallback",
+    "Hit",
+    "Outcome",
+    "Policy",
+    "RateLimit",
+    "Resilience",
+    "RetryBudget",
+    "RetryStrategy",
+    "Timeout",
+    "deadline",
+    "error_recovery",
+    "policies_of",
+    "retry",
+    "retry_async",
+    "retry_call",
+]

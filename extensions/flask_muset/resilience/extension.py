@@ -1,0 +1,344 @@
+"""Resilience: binds the parts of this folder to a Flask app."""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from flask import Flask, Request, Response, g, request
+from werkzeug.exceptions import (
+    BadRequest,
+    GatewayTimeout,
+    HTTPException,
+    ServiceUnavailable,
+    TooManyRequests,
+)
+from werkzeug.local import LocalProxy
+
+from flask_muset import context
+from flask_muset.errors import MusetError
+from flask_muset.load import GATE, Gate
+from flask_muset.resilience.circuit_breaker import CircuitBreaker
+from flask_muset.resilience.config import PREFIX, Config, read_config
+from flask_muset.resilience.guards import Part
+from flask_muset.resilience.policy import PARTS, Policy
+from flask_muset.resilience.rate_limit import Hit, RateLimit, refused
+from flask_muset.resilience.recovery import ErrorRecovery
+from flask_muset.resilience.request_limits import RequestLimits
+from flask_muset.resilience.retrying import RetryStrategy
+from flask_muset.signals import Decision, PolicyEvent, policy_decided
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
+
+__all__ = ["UNLIMITED", "Resilience", "error_recovery", "policies_of"]
+
+_KEY = "resilience"
+_PERIOD_S = 60.0
+
+#: What a `rate_limit_key` function returns for a request that has no limit.
+UNLIMITED = object()
+
+#: The current app's ErrorRecovery.
+error_recovery: ErrorRecovery = LocalProxy(  # type: ignore[assignment]
+    lambda: context.state(_KEY, "Resilience").recovery
+)
+
+RateLimitKey = Callable[[Request], Any]
+#: A part, or the class of one that the configuration makes.
+Declared = Part | type[RetryStrategy] | type[CircuitBreaker]
+
+
+class _Recovery(ErrorRecovery):
+    """Breakers whose defaults are an app's."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self._config = config
+
+    def _make(self, name: str, options: dict[str, Any]) -> CircuitBreaker:
+        return _breaker(self._config, name, options)
+
+
+@dataclass(slots=True)
+class _State:
+    """What one app owns."""
+
+    config: Config
+    retry_strategy: RetryStrategy
+    recovery: ErrorRecovery
+    policies: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+
+
+class Resilience:
+    """Keep an app up when what it depends on is not, and when too many come at once.
+
+    The instance keeps nothing about an app but the policies declared on it, so one instance may
+    serve several apps; each app has breakers, permits and limits of its own.
+
+    Args:
+        app: Set up at once; else call `init_app`.
+        rate_limit_key: A function of the request that returns whose limit it counts against: a
+            text, None for the client's address, or `UNLIMITED`.
+
+    Config:
+        RESILIENCE_ENABLED: False leaves requests as they are. Default True.
+        RESILIENCE_MODE: "enforce", "observe" (count what would be refused) or "off".
+        RESILIENCE_REQUEST_TIMEOUT: Seconds that a request has, 0 for no deadline. Default 30.
+        RESILIENCE_REQUEST_TIMEOUT_MODE: In place of RESILIENCE_MODE.
+        RESILIENCE_MAX_CONCURRENT_REQUESTS: Requests at once in a process, streams included,
+            0 for no limit. Default 100.
+        RESILIENCE_MAX_CONCURRENT_REQUESTS_MODE: In place of RESILIENCE_MODE.
+        RESILIENCE_RATE_LIMIT_REQUESTS_PER_MINUTE: Requests of one caller, 0 for no limit. Default
+            0: behind a proxy that the app does not know of, all callers have one address.
+        RESILIENCE_RATE_LIMIT_MODE: In place of RESILIENCE_MODE.
+        RESILIENCE_EXEMPT_PATHS: Beginnings of paths that none of this holds for. Default /health.
+        RESILIENCE_ENABLE_CIRCUIT_BREAKER: False lets all calls through. Default True.
+        RESILIENCE_CIRCUIT_BREAKER_THRESHOLD: Failures in a row that open a breaker. Default 5.
+        RESILIENCE_CIRCUIT_BREAKER_TIMEOUT: Seconds that it stays open. Default 60.
+        RESILIENCE_MAX_RETRIES: Retries after the first call. Default 3.
+        RESILIENCE_RETRY_INITIAL_DELAY: Bound of the first wait, seconds. Default 1.
+        RESILIENCE_RETRY_MAX_DELAY: Bound of every wait, seconds. Default 60.
+        RESILIENCE_POLICIES: By name of a policy and kind of a part, arguments that win over the
+            code's, such as {"openai": {"timeout": {"seconds": 5}}}.
+    """
+
+    def __init__(
+        self, app: Flask | None = None, *, rate_limit_key: RateLimitKey | None = None
+    ) -> None:
+        self._rate_limit_key = rate_limit_key
+        self._declared: dict[str, tuple[Policy, tuple[Declared, ...]]] = {}
+        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+        if app is not None:
+            self.init_app(app)
+
+    def policy(self, name: str, *parts: Declared) -> Policy:
+        """Declare a policy, before or after `init_app`; it holds for every app of this instance.
+
+        Args:
+            name: For people, events, metrics and configuration.
+            *parts: The first is the outermost; see `Policy` for the order. The classes
+                RetryStrategy and CircuitBreaker stand for ones that the configuration makes; no
+                part at all stands for these two.
+
+        Raises:
+            ValueError: The name is taken, the order is another one, or the configuration has an
+                argument that does not fit.
+        """
+        if name in self._declared:
+            raise ValueError(f"policy {name!r} is declared already; use another name.")
+        declared = parts or (RetryStrategy, CircuitBreaker)
+        policy = Policy(name, [_undeclared(name, part) for part in declared])
+        for app in self._apps:
+            self._bind(app, policy, declared)
+        self._declared[name] = policy, declared
+        return policy
+
+    def init_app(self, app: Flask) -> None:
+        """Read the configuration once, bind the policies and guard the app's requests.
+
+        Raises:
+            RuntimeError: It is set up on this app already.
+            ValueError: A setting is not allowed.
+        """
+        config = read_config(app.config)
+        state = _State(config, _retry_strategy(config, {}), _Recovery(config))
+        context.attach(app, _KEY, "Resilience", state)
+        self._apps.add(app)
+        for policy, declared in self._declared.values():
+            self._bind(app, policy, declared)
+        if config.enabled:
+            _guard_requests(app, config, self._rate_limit_key)
+
+    def _bind(self, app: Flask, policy: Policy, declared: tuple[Declared, ...]) -> None:
+        """Give an app the parts of a policy; the first app gets the very ones declared."""
+        state: _State = app.extensions[_KEY]
+        first = not policy.is_bound
+        parts = [_made(state.config, policy.name, part, keep=first) for part in declared]
+        parts = _overridden(state.config, policy.name, parts)
+        state.policies[policy.name] = tuple(parts)
+        policy.is_bound = True
+        if first:
+            policy.use(parts)
+        else:
+            policy.use_by(
+                lambda: context.state(_KEY, "Resilience").policies[policy.name],
+                [other.extensions[_KEY].policies[policy.name] for other in self._apps],
+            )
+
+
+def policies_of(app: Flask) -> dict[str, tuple[Part, ...]]:
+    """The parts of each policy of an app, those of `ErrorRecovery` as policies of one breaker."""
+    state: _State = app.extensions[_KEY]
+    alone = {name: (breaker,) for name, breaker in state.recovery.breakers().items()}
+    return {**alone, **state.policies}
+
+
+# --- Policies from the configuration --------------------------------------------------------------
+
+_KINDS: Mapping[str, type[Part]] = {cls.kind: cls for cls in PARTS}
+
+
+def _retry_strategy(config: Config, options: Mapping[str, Any]) -> RetryStrategy:
+    made = {
+        "max_retries": config.max_retries,
+        "initial_delay": config.retry_initial_delay_s,
+        "max_delay": config.retry_max_delay_s,
+    }
+    return RetryStrategy(**{**made, **options})
+
+
+def _breaker(config: Config, name: str, options: Mapping[str, Any]) -> CircuitBreaker:
+    made = {
+        "failure_threshold": config.circuit_breaker_threshold,
+        "recovery_timeout": config.circuit_breaker_timeout_s,
+    }
+    return _in_mode(config, CircuitBreaker(name, **{**made, **options}))
+
+
+def _in_mode(config: Config, breaker: CircuitBreaker) -> CircuitBreaker:
+    """The app's modes win over the code's: they are for the moment in which nothing may refuse."""
+    if not config.enable_circuit_breaker or config.mode == "off":
+        breaker.set_mode("off")
+    elif config.mode == "observe" and breaker.mode == "enforce":
+        breaker.set_mode("observe")
+    return breaker
+
+
+def _undeclared(name: str, part: Declared) -> Part:
+    """What stands for a part while no app is bound."""
+    if isinstance(part, Part):
+        return part
+    if part is CircuitBreaker:
+        return CircuitBreaker(name)
+    if part is RetryStrategy:
+        return RetryStrategy()
+    raise ValueError(f"policy {name!r}: {part!r} is no part; give one that is made.")
+
+
+def _made(config: Config, name: str, part: Declared, *, keep: bool) -> Part:
+    if part is CircuitBreaker:
+        return _breaker(config, name, {})
+    if part is RetryStrategy:
+        return _retry_strategy(config, {})
+    assert isinstance(part, Part)  # noqa: S101 - `_undeclared` has seen it
+    own = part if keep else part.like()
+    return _in_mode(config, own) if isinstance(own, CircuitBreaker) else own
+
+
+def _overridden(config: Config, name: str, parts: list[Part]) -> list[Part]:
+    """The parts with the arguments that the configuration has for them."""
+    for kind, options in config.policies.get(name, {}).items():
+        key = f"{PREFIX}POLICIES[{name!r}][{kind!r}]"
+        position = next((i for i, part in enumerate(parts) if part.kind == kind), None)
+        if position is None:
+            known = [part.kind for part in parts]
+            raise ValueError(f"{key}: the policy has no such part; it has {known}.")
+        part = parts[position]
+        for option in options:
+            if option not in part.options:
+                raise ValueError(f"{key}: {option!r} is no argument; use {list(part.options)}.")
+        try:
+            changed = part.like(**options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{key}: {error}") from None
+        is_breaker = isinstance(changed, CircuitBreaker)
+        parts[position] = _in_mode(config, changed) if is_breaker else changed
+    return parts
+
+
+# --- Requests -------------------------------------------------------------------------------------
+
+
+def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> None:
+    gate: Gate | None = None
+    if config.max_concurrent_requests_mode != "off":
+        gate = app.extensions[GATE] = Gate(
+            config.max_concurrent_requests,
+            config.exempt_paths,
+            refuses=config.max_concurrent_requests_mode == "enforce",
+        )
+    timed = config.request_timeout_mode != "off"
+    if gate is not None or timed:
+        context.install(app).add(
+            context.Rank.LIMITS,
+            lambda wsgi_app: (
+                RequestLimits(
+                    wsgi_app,
+                    gate=gate,
+                    gate_mode=config.max_concurrent_requests_mode,
+                    timeout_s=config.request_timeout_s if timed else 0.0,
+                    timeout_mode=config.request_timeout_mode,
+                    exempt=config.exempt_paths,
+                    refuse=partial(_answer, app),
+                    tell=partial(_tell, app),
+                ).__call__
+            ),
+        )
+    if config.rate_limit_mode != "off":
+        limiter = RateLimit(config.rate_limit, _PERIOD_S)
+        app.before_request(partial(_limit_rate, app, config, limiter, key_of))
+        app.after_request(partial(_describe_limit, limiter))
+
+
+def _tell(app: Flask, part: str, decision: Decision) -> None:
+    if policy_decided.receivers:
+        policy_decided.send(app, event=PolicyEvent("request", part, decision))
+
+
+def _limit_rate(
+    app: Flask, config: Config, limiter: RateLimit, key_of: RateLimitKey | None
+) -> None:
+    """Count the request against its caller's limit."""
+    if request.path.startswith(config.exempt_paths):
+        return
+    key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
+    if key is UNLIMITED:
+        return
+    hit = limiter.hit(f"address {request.remote_addr}" if key is None else f"key {key}")
+    g._muset_rate_limit = hit
+    if hit.allowed:
+        return
+    if config.rate_limit_mode == "observe":
+        _tell(app, "rate_limit", Decision.WOULD_REJECT)
+        return
+    _tell(app, "rate_limit", Decision.REJECTED)
+    error = refused(f"more than {limiter.limit} requests in {limiter.period:g} s", hit)
+    if _has_error_handler(app):
+        raise error
+    raise _plain(error) from error
+
+
+def _describe_limit(limiter: RateLimit, response: Response) -> Response:
+    """The fields of draft-ietf-httpapi-ratelimit-headers."""
+    hit: Hit | None = g.get("_muset_rate_limit")
+    if hit is not None:
+        period, limit = limiter.period, limiter.limit
+        response.headers["RateLimit-Policy"] = f'"default";q={limit};w={period:.0f}'
+        wait = hit.retry_after or hit.reset_after
+        response.headers["RateLimit"] = f'"default";r={hit.remaining};t={-int(-wait // 1)}'
+    return response
+
+
+def _has_error_handler(app: Flask) -> bool:
+    return app.config.get("ERROR_HANDLER_ENABLED", False) and "error_handler" in app.extensions
+
+
+def _plain(error: MusetError) -> HTTPException:
+    """The error for an app without ErrorHandler: Werkzeug's, so that the app's handlers know it."""
+    wait = error.retry_after
+    if error.status == 429:
+        return TooManyRequests(retry_after=wait)
+    if error.status == 503:
+        return ServiceUnavailable(retry_after=wait)
+    return GatewayTimeout() if error.status == 504 else BadRequest(error.message)
+
+
+def _answer(
+    app: Flask, error: MusetError, environ: "WSGIEnvironment", start_response: "StartResponse"
+) -> Iterable[bytes]:
+    """Answer outside of Flask; ErrorHandler's layer is around this one and takes what is raised."""
+    if _has_error_handler(app):
+        raise error
+    return _plain(error)(environ, start_response)

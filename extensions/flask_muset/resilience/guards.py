@@ -1,0 +1,350 @@
+"""What all building blocks share: how they are put round a call, whatever its colour.
+
+A part that only looks at the beginning and the end of a call has `enter` and `leave`; the same two
+serve plain functions, coroutine functions, generators and `with`. Layers hand on `(function, args,
+kwargs)`, so that a call is packed and unpacked once however many parts guard it.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
+from types import FunctionType, TracebackType
+from typing import Any, ClassVar, Self, TypeVar
+
+from flask_muset import context
+from flask_muset.errors import MusetError
+from flask_muset.signals import Decision, PolicyEvent, policy_decided
+from flask_muset.translate import translate
+
+__all__ = [
+    "AsyncCall",
+    "Call",
+    "Guard",
+    "Part",
+    "call_directly",
+    "check_number",
+    "current_outcome",
+    "error_of",
+    "refuse_asyncio_under_gevent",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+#: A guarded call: `(function, args, kwargs) -> result`.
+Call = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+AsyncCall = Callable[
+    [Callable[..., Awaitable[Any]], tuple[Any, ...], dict[str, Any]], Awaitable[Any]
+]
+
+_NOTHING = object()
+#: Blocks that are entered in this context: the innermost, and those around it.
+_blocks: ContextVar[Any] = ContextVar("flask_muset.blocks", default=None)
+
+
+def call_directly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The innermost layer."""
+    return fn(*args, **kwargs)
+
+
+def check_number(
+    owner: str, name: str, value: Any, expected: str, allowed: Callable[[Any], bool]
+) -> None:
+    """Refuse an argument that is not allowed.
+
+    Raises:
+        ValueError: Names the argument, the value and what is expected.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and allowed(value)):
+        raise ValueError(f"{owner}: {name} must be {expected}, got {value!r}.")
+
+
+def error_of(exception: BaseException) -> MusetError:
+    """The exception in the words of the error table, the current app's own translations used."""
+    if isinstance(exception, MusetError):
+        return exception
+    return translate(exception, context.translations())
+
+
+def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
+    if type(fn) is FunctionType:
+        return bool(fn.__code__.co_flags & inspect.CO_COROUTINE)
+    return inspect.iscoroutinefunction(fn)
+
+
+def refuse_asyncio_under_gevent() -> None:
+    """Raise where asyncio cannot work.
+
+    Raises:
+        RuntimeError: gevent has patched this process: the running loop is kept per thread there,
+            so two greenlets would meet in one loop.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is not None and monkey.is_module_patched("threading"):
+        raise RuntimeError(
+            "asyncio does not work in a process that gevent has patched; write a plain function "
+            "(it gives way while it waits) and use flask_muset.resilience, without await."
+        )
+
+
+class Guard:
+    """Something that can be put round calls: a part, or a policy of several."""
+
+    _chain: Call
+    _async_chain: AsyncCall
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function; of a coroutine function return an awaitable, of a generator an iterator.
+
+        Args:
+            fn: What is guarded.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+        """
+        if type(fn) is FunctionType and not fn.__code__.co_flags & _COLOURED:
+            return self._chain(fn, args, kwargs)
+        return self(fn)(*args, **kwargs)
+
+    def __call__(self, fn: F) -> F:
+        """Decorate a function, coroutine function, generator or asynchronous generator.
+
+        Generators are guarded until their first item; after it they are never repeated, and what
+        fails then is the caller's to see.
+        """
+        wrapper: Callable[..., Any]
+        if _is_coroutine_function(fn):
+
+            async def wrapper(*args: Any, **kwargs: Any) -> Any:
+                refuse_asyncio_under_gevent()
+                return await self._async_chain(fn, args, kwargs)
+
+        elif inspect.isgeneratorfunction(fn):
+
+            def wrapper(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                yield from self._generate(fn, args, kwargs)
+
+        elif inspect.isasyncgenfunction(fn):
+
+            async def wrapper(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+                async for item in self._agenerate(fn, args, kwargs):
+                    yield item
+
+        else:
+            wrapper = self._plain(fn)
+
+        return functools.wraps(fn)(wrapper)  # type: ignore[return-value]
+
+    def _plain(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return self._chain(fn, args, kwargs)
+
+        return wrapper
+
+    def _generate(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Iterator[Any]:
+        def first() -> tuple[Any, Any]:
+            items = fn(*args, **kwargs)
+            return items, next(items, _NOTHING)
+
+        items, item = self._chain(first, (), {})
+        if item is not _NOTHING:
+            with _closing(items):
+                yield item
+                yield from items
+
+    async def _agenerate(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        async def first() -> tuple[Any, Any]:
+            items = fn(*args, **kwargs)
+            return items, await anext(items, _NOTHING)
+
+        refuse_asyncio_under_gevent()
+        items, item = await self._async_chain(first, (), {})
+        if item is not _NOTHING:
+            try:
+                yield item
+                async for item in items:
+                    yield item
+            finally:
+                await items.aclose()
+
+    def _parts(self) -> "tuple[Part, ...]":
+        """The parts, the outermost first."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        parts = self._parts()
+        for part in parts:
+            if part.repeats:
+                raise TypeError(
+                    f"{type(part).__name__} cannot guard a `with` block, which cannot be run "
+                    "again or have its value replaced; use a decorator or .call(function)."
+                )
+        entered: list[tuple[Part, Any]] = []
+        try:
+            for part in parts:
+                entered.append((part, part.enter()))  # noqa: PERF401 - what was entered is left
+        except BaseException as error:
+            raised = _leave(entered, error)
+            if raised is not error:
+                raise raised from error
+            raise
+        _blocks.set((entered, _blocks.get()))
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        entered, around = _blocks.get()
+        _blocks.set(around)
+        raised = _leave(entered, error)
+        if raised is not None and raised is not error:
+            raise raised from error
+
+
+_COLOURED = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+
+
+class _closing:  # noqa: N801 - reads as contextlib's, for iterators that may have no `close`
+    def __init__(self, items: Any) -> None:
+        self._items = items
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        close = getattr(self._items, "close", None)
+        if close is not None:
+            close()
+
+
+def _leave(entered: "list[tuple[Part, Any]]", error: BaseException | None) -> BaseException | None:
+    for part, token in reversed(entered):
+        error = part.leave(token, error) or error
+    return error
+
+
+class Part(Guard):
+    """One building block.
+
+    Attributes:
+        kind: Its name in configuration, events and outcomes.
+        repeats: Whether it may run the call again or replace its value.
+        name: Of the policy it belongs to; a breaker has its own.
+    """
+
+    kind: ClassVar[str]
+    repeats: ClassVar[bool] = False
+    #: What it was made with, to make another one like it.
+    _options: dict[str, Any]
+    name: str = ""
+
+    def __init__(self) -> None:
+        self._chain = self.layer(call_directly)
+        self._async_chain = self.async_layer(call_directly)
+
+    def _parts(self) -> "tuple[Part, ...]":
+        return (self,)
+
+    def _plain(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        chain = self._chain  # a part's never changes
+
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            return chain(fn, args, kwargs)
+
+        return wrapper
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was made with, by argument."""
+        return dict(self._options)
+
+    def like(self, **changes: Any) -> Self:
+        """Another one with the same arguments, some changed, and a state of its own."""
+        return type(self)(**{**self._options, **changes})
+
+    def enter(self) -> Any:
+        """Let a call begin, or raise; what is returned belongs to the call."""
+
+    def leave(self, token: Any, error: BaseException | None) -> BaseException | None:
+        """A call has ended, whatever `error` is: give back what it held.
+
+        Returns:
+            What is to be raised in place of `error`, or None for `error` itself.
+        """
+        return None
+
+    async def aenter(self) -> Any:
+        """`enter` where asyncio runs."""
+        return self.enter()
+
+    async def aleave(self, token: Any, error: BaseException | None) -> BaseException | None:
+        """`leave` where asyncio runs."""
+        return self.leave(token, error)
+
+    def layer(self, inner: Call) -> Call:
+        """Put the part round plain calls."""
+        enter, leave = self.enter, self.leave
+
+        def guarded(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            token = enter()
+            try:
+                result = inner(fn, args, kwargs)
+            except BaseException as error:
+                raised = leave(token, error)
+                if raised is None or raised is error:
+                    raise
+                try:
+                    raise raised from error
+                finally:
+                    del raised  # its traceback has this frame: a cycle that only gc would free
+            leave(token, None)
+            return result
+
+        return guarded
+
+    def async_layer(self, inner: AsyncCall) -> AsyncCall:
+        """Put the part round awaited calls."""
+        aenter, aleave = self.aenter, self.aleave
+
+        async def guarded(
+            fn: Callable[..., Awaitable[Any]], args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> Any:
+            token = await aenter()
+            try:
+                result = await inner(fn, args, kwargs)
+            except BaseException as error:
+                raised = await aleave(token, error)
+                if raised is None or raised is error:
+                    raise
+                try:
+                    raise raised from error
+                finally:
+                    del raised
+            await aleave(token, None)
+            return result
+
+        return guarded
+
+    def tell(
+        self,
+        decision: Decision,
+        *,
+        wait_s: float = 0.0,
+        error: BaseException | None = None,
+    ) -> None:
+        """Send what was decided, and note it in the outcome that somebody asked for."""
+        outcome = current_outcome.get()
+        if outcome is not None:
+            outcome.note(self.kind, decision, wait_s)
+        if policy_decided.receivers:
+            context.emit(policy_decided, PolicyEvent(self.name, self.kind, decision, wait_s, error))
+
+
+#: The outcome that is asked for in this context; see `flask_muset.resilience.policy`.
+current_outcome: ContextVar[Any] = ContextVar("flask_muset.outcome", default=None)

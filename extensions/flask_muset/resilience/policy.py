@@ -1,0 +1,191 @@
+"""Several building blocks under one name, in an order that makes sense."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from flask_muset.resilience.bulkhead import Bulkhead
+from flask_muset.resilience.circuit_breaker import CircuitBreaker
+from flask_muset.resilience.fallback import Fallback
+from flask_muset.resilience.guards import (
+    AsyncCall,
+    Call,
+    Guard,
+    Part,
+    call_directly,
+    current_outcome,
+)
+from flask_muset.resilience.rate_limit import RateLimit
+from flask_muset.resilience.retrying import RetryStrategy
+from flask_muset.resilience.timeout import Timeout
+from flask_muset.signals import Decision
+
+__all__ = ["PARTS", "Outcome", "Policy"]
+
+#: The order, the outermost first, and what would go wrong if a part stood further in.
+PARTS: Mapping[type[Part], str] = {
+    Fallback: "inside of another part it would hide from it that the call failed",
+    RetryStrategy: "inside of the breaker all attempts of a call would count as one",
+    CircuitBreaker: "inside of a limit, calls that are not made would use the limit up",
+    RateLimit: "inside of the bulkhead, calls that are refused would hold a permit",
+    Bulkhead: "inside of the time-out, the wait for a permit would count as the dependency's time",
+    Timeout: "",
+}
+_ORDER = tuple(PARTS)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """How a call went.
+
+    Attributes:
+        value: The result, None if there is none.
+        error: The exception, None if there is none.
+        attempts: How often the function was called.
+        waits: Seconds between the attempts.
+        decided_by: The kind of the part that ended it other than by the function's own result:
+            `fallback`, `retry`, `circuit_breaker`, `rate_limit`, `bulkhead`, `timeout`; else None.
+        stop_reason: `succeeded`, `failed`, or the `flask_muset.signals.Decision` that ended it.
+    """
+
+    value: Any = None
+    error: Exception | None = None
+    attempts: int = 0
+    waits: list[float] = field(default_factory=list)
+    decided_by: str | None = None
+    stop_reason: str = "succeeded"
+
+    def note(self, kind: str, decision: Decision, wait_s: float) -> None:
+        """Take note of one decision; the last one that ended something stands."""
+        if decision is Decision.RETRIED:
+            self.waits.append(wait_s)
+        elif decision not in (Decision.WOULD_REJECT, Decision.OVERRUN):
+            self.decided_by, self.stop_reason = kind, decision.value
+
+    def result(self) -> Any:
+        """The value, or the exception raised."""
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Policy(Guard):
+    """A name and parts, the first the outermost.
+
+    Used as decorator, by `.call(function, ...)`, or as a `with` block where no part repeats.
+
+    Args:
+        name: For people, events and metrics.
+        parts: In the order Fallback, RetryStrategy, CircuitBreaker, RateLimit, Bulkhead, Timeout;
+            each at most once. A Timeout may also stand first, as a total.
+
+    Raises:
+        ValueError: The name is empty, or the order is another one; the text says why it matters.
+    """
+
+    def __init__(self, name: str, parts: Sequence[Part]) -> None:
+        if not (isinstance(name, str) and name):
+            raise ValueError(f"a policy's name must be a text that is not empty, got {name!r}.")
+        check_order(name, parts)
+        self.name = name
+        #: Whether an app has its parts; the next one gets others like them.
+        self.is_bound = False
+        self._current: Callable[[], tuple[Part, ...]] | None = None
+        self.use(parts)
+
+    def use(self, parts: Sequence[Part]) -> None:
+        """Guard with these parts from now on."""
+        self.parts = tuple(parts)
+        for part in parts:
+            if not part.name:
+                part.name = self.name
+        self._chain = chain(self.parts)
+        self._async_chain = async_chain(self.parts)
+
+    def use_by(
+        self, current: Callable[[], tuple[Part, ...]], all_parts: Sequence[tuple[Part, ...]]
+    ) -> None:
+        """Guard with the parts that `current` returns, which are among `all_parts`."""
+        for parts in all_parts:
+            for part in parts:
+                part.name = part.name or self.name
+        plain = {id(parts): chain(parts) for parts in all_parts}
+        awaited = {id(parts): async_chain(parts) for parts in all_parts}
+        self._current = current
+        self._chain = lambda fn, args, kwargs: plain[id(current())](fn, args, kwargs)
+        self._async_chain = lambda fn, args, kwargs: awaited[id(current())](fn, args, kwargs)
+
+    def _parts(self) -> tuple[Part, ...]:
+        return self.parts if self._current is None else self._current()
+
+    @property
+    def breaker(self) -> CircuitBreaker | None:
+        """Its circuit breaker, if it has one."""
+        return next((part for part in self.parts if isinstance(part, CircuitBreaker)), None)
+
+    def outcome(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Outcome:
+        """Call a plain function and say how it went; an `Exception` is returned, not raised.
+
+        Args:
+            fn: The function.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments.
+        """
+        outcome = Outcome()
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            outcome.attempts += 1
+            return fn(*args, **kwargs)
+
+        token = current_outcome.set(outcome)
+        try:
+            outcome.value = self._chain(counted, args, kwargs)
+        except Exception as error:  # noqa: BLE001 - it is what the caller asked for
+            outcome.error = error
+            if outcome.decided_by is None:
+                outcome.stop_reason = "failed"
+        else:
+            if outcome.stop_reason != Decision.FELL_BACK:
+                outcome.decided_by, outcome.stop_reason = None, "succeeded"
+        finally:
+            current_outcome.reset(token)
+        return outcome
+
+
+def chain(parts: Sequence[Part], innermost: Call = call_directly) -> Call:
+    """The parts round plain calls."""
+    guarded = innermost
+    for part in reversed(parts):
+        guarded = part.layer(guarded)
+    return guarded
+
+
+def async_chain(parts: Sequence[Part], innermost: AsyncCall = call_directly) -> AsyncCall:
+    """The parts round awaited calls."""
+    guarded = innermost
+    for part in reversed(parts):
+        guarded = part.async_layer(guarded)
+    return guarded
+
+
+def check_order(name: str, parts: Sequence[Part]) -> None:
+    """Refuse an order that would not do what its author expects.
+
+    Raises:
+        ValueError: Names the policy, the parts and the reason.
+    """
+    for part in parts:
+        if not isinstance(part, _ORDER):
+            known = ", ".join(cls.__name__ for cls in _ORDER)
+            raise ValueError(f"policy {name!r}: {part!r} is no part; use {known}.")
+    total = len(parts) > 1 and isinstance(parts[0], Timeout)
+    ranks = [_ORDER.index(type(part)) for part in parts[total:]]
+    for outer, inner in zip(ranks, ranks[1:], strict=False):
+        if outer == inner:
+            raise ValueError(f"policy {name!r} has more than one {_ORDER[inner].__name__}.")
+        if outer > inner:
+            before, after = _ORDER[inner], _ORDER[outer]
+            raise ValueError(
+                f"policy {name!r}: {before.__name__} must stand before {after.__name__}: "
+                f"{PARTS[before]}."
+            )

@@ -1,0 +1,144 @@
+"""A limit on how often something happens, exact and with little to remember: GCRA."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from flask_muset.clock import SYSTEM, Clock
+from flask_muset.errors import RateLimitError
+from flask_muset.locks import give_lock
+from flask_muset.resilience.guards import Call, Part, check_number
+from flask_muset.signals import Decision
+
+__all__ = ["Hit", "RateLimit"]
+
+_NS = 1_000_000_000
+#: Keys that are remembered; each is two numbers. With more, those that are free again are dropped.
+_MAX_KEYS = 100_000
+
+
+class Hit(NamedTuple):
+    """What came of one hit.
+
+    Attributes:
+        allowed: Whether it is within the limit.
+        remaining: Hits that would be allowed right now.
+        reset_after: Seconds until the whole limit is there again.
+        retry_after: Seconds after which a hit is allowed if nobody else hits, 0 when allowed.
+            Waiting exactly so long is always enough.
+    """
+
+    allowed: bool
+    remaining: int
+    reset_after: float
+    retry_after: float
+
+
+class RateLimit(Part):
+    """Allow `limit` hits per `period`, with a burst of the whole limit.
+
+    In any t seconds at most `limit * (1 + t / period)` hits of one key pass. Only the time at which
+    each key is free again is kept; it is counted in whole nanoseconds, so nothing is lost to
+    rounding.
+
+    In a policy it limits the calls of the policy; a refused call gets `RateLimitError`.
+
+    Args:
+        limit: Hits in a period, at least 1.
+        period: Seconds, above 0.
+        clock: Time; None takes the system's.
+
+    Source: the generic cell rate algorithm of ITU-T I.371, in its virtual scheduling form.
+    """
+
+    kind = "rate_limit"
+
+    def __init__(self, limit: int, period: float, *, clock: Clock | None = None) -> None:
+        check_number(
+            "RateLimit",
+            "limit",
+            limit,
+            "a whole number of at least 1",
+            lambda v: isinstance(v, int) and v >= 1,
+        )
+        check_number("RateLimit", "period", period, "seconds above 0", lambda v: v > 0)
+        self.limit = limit
+        self.period = period
+        self._options = {"limit": limit, "period": period, "clock": clock}
+        self._clock = clock or SYSTEM
+        self._interval = math.ceil(period * _NS / limit)
+        self._burst = self._interval * limit
+        #: By key the time in nanoseconds at which the whole limit is there again, oldest hit first.
+        self._free_at: dict[str, int] = {}
+        give_lock(self)
+        super().__init__()
+
+    _lock: Any
+
+    def hit(self, key: str = "") -> Hit:
+        """Count one hit if it is within the limit; one that is not counts nothing.
+
+        Args:
+            key: Whose limit it is.
+        """
+        now = self._clock.now_ns()
+        after, over = self._take(key, now)
+        if over > 0:
+            wait_s = math.ceil(over / 1_000_000) / 1_000
+            return Hit(False, 0, (after - self._interval - now) / _NS, wait_s)
+        return Hit(True, -over // self._interval, (after - now) / _NS, 0.0)
+
+    def _take(self, key: str, now: int) -> tuple[int, int]:
+        """Count one hit if it is within the limit.
+
+        Returns:
+            When the whole limit is there again after it, and by how much that is too late, both in
+            nanoseconds; it was counted if the latter is not above 0.
+        """
+        with self._lock:
+            free_at = self._free_at
+            base = free_at.get(key, 0)
+            after = (base if base > now else now) + self._interval
+            over = after - now - self._burst
+            if over <= 0:
+                free_at[key] = after
+                if len(free_at) > _MAX_KEYS:
+                    self._drop(now)
+        return after, over
+
+    def layer(self, inner: Call) -> Call:
+        """Put it round plain calls; nothing is to be done when they end."""
+        clock, take, refuse = self._clock, self._take, self.enter
+
+        def limited(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if take("", clock.now_ns())[1] > 0:
+                refuse()
+            return inner(fn, args, kwargs)
+
+        return limited
+
+    def _drop(self, now: int) -> None:
+        """Forget keys that are free again; if there are none, those that are so soonest."""
+        live = {key: at for key, at in self._free_at.items() if at > now}
+        if len(live) > _MAX_KEYS // 2:
+            latest = sorted(live.items(), key=lambda item: item[1])[-_MAX_KEYS // 2 :]
+            live = dict(latest)
+        self._free_at = live
+
+    def enter(self) -> None:
+        """Let a call begin.
+
+        Raises:
+            RateLimitError: The limit is reached.
+        """
+        hit = self.hit()
+        if not hit.allowed:
+            self.tell(Decision.REJECTED)
+            raise refused(f"{self.name or 'a limit'}: {self.limit} in {self.period:g} s", hit)
+
+
+def refused(message: str, hit: Hit) -> RateLimitError:
+    """The error of a limit of our own: waiting for it is the caller's business."""
+    error = RateLimitError(message, retry_after=hit.retry_after)
+    error.refusal = True
+    return error

@@ -1,0 +1,71 @@
+"""A bound on the time of one call."""
+
+import asyncio
+from typing import Any
+
+from flask_muset.clock import SYSTEM
+from flask_muset.deadline import Scope
+from flask_muset.resilience.guards import Part, check_number, refuse_asyncio_under_gevent
+from flask_muset.signals import Decision
+
+__all__ = ["Timeout"]
+
+
+class Timeout(Part):
+    """End a call with `OperationTimeoutError` when its time is up.
+
+    It is a deadline like any other: it nests to the smaller, and what the call does inside of it
+    can ask what is left. Work that waits is cut off under gevent and asyncio. Work that computes,
+    and any work in a thread, is not: it is counted as an overrun when it ends, and its result is
+    returned.
+
+    Args:
+        seconds: Above 0.
+    """
+
+    kind = "timeout"
+
+    def __init__(self, seconds: float) -> None:
+        check_number("Timeout", "seconds", seconds, "seconds above 0", lambda v: v > 0)
+        self.seconds = seconds
+        self._options = {"seconds": seconds}
+        super().__init__()
+
+    def enter(self) -> Scope:
+        """Start the time."""
+        scope = Scope(self.seconds)
+        scope.enter()
+        return scope
+
+    def leave(self, token: Scope, error: BaseException | None) -> BaseException | None:
+        """Stop the time."""
+        if token.leave():
+            self.tell(Decision.OVERRUN, error=error)
+        elif token.cut(error):
+            self.tell(Decision.TIMED_OUT, error=error)
+            return token.error()
+        return None
+
+    async def aenter(self) -> Any:
+        """Start the time; asyncio's own time-out cuts the task off."""
+        refuse_asyncio_under_gevent()
+        cut = asyncio.timeout(None if SYSTEM.is_virtual else self.seconds)
+        await cut.__aenter__()
+        return self.enter(), cut
+
+    async def aleave(self, token: Any, error: BaseException | None) -> BaseException | None:
+        """Stop the time."""
+        scope, cut = token
+        late = scope.leave()
+        kind, trace = (type(error), error.__traceback__) if error is not None else (None, None)
+        try:
+            await cut.__aexit__(kind, error, trace)
+        except TimeoutError:
+            self.tell(Decision.TIMED_OUT, error=error)
+            return scope.error()  # type: ignore[no-any-return]
+        if scope.cut(error):
+            self.tell(Decision.TIMED_OUT, error=error)
+            return scope.error()  # type: ignore[no-any-return]
+        if late:
+            self.tell(Decision.OVERRUN, error=error)
+        return None
