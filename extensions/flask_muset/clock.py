@@ -24,10 +24,11 @@ class Clock:
         now_ns: The same in whole nanoseconds.
         sleep: Waits for some seconds.
         uniform: Draws a float from [low, high].
+        wall: Seconds since the epoch, for people.
         is_virtual: Whether time stands still unless somebody sleeps.
     """
 
-    __slots__ = ("is_virtual", "now", "now_ns", "sleep", "uniform")
+    __slots__ = ("is_virtual", "now", "now_ns", "sleep", "uniform", "wall")
 
     def __init__(
         self,
@@ -35,9 +36,11 @@ class Clock:
         sleep: Callable[[float], None] = _sleep,
         uniform: Callable[[float, float], float] | None = None,
         now_ns: Callable[[], int] = time.monotonic_ns,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self.now = now
         self.now_ns = now_ns
+        self.wall = wall
         self.sleep = sleep
         # A generator of our own, seeded by the system, so that no caller's seed makes all
         # processes wait alike.

@@ -3,7 +3,21 @@
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
-__all__ = ["Key", "flag", "number", "one_of", "read", "whole"]
+__all__ = [
+    "ABOVE_ZERO",
+    "AT_LEAST_ONE",
+    "AT_LEAST_ZERO",
+    "COUNT",
+    "SHARE",
+    "Key",
+    "check",
+    "flag",
+    "number",
+    "one_of",
+    "optional",
+    "read",
+    "whole",
+]
 
 
 class Key(NamedTuple):
@@ -22,6 +36,43 @@ class Key(NamedTuple):
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+# --- Arguments of the building blocks -------------------------------------------------------------
+
+ABOVE_ZERO = Key(None, lambda v: _is_number(v) and v > 0, "above 0")
+AT_LEAST_ZERO = Key(None, lambda v: _is_number(v) and v >= 0, "at least 0")
+AT_LEAST_ONE = Key(None, lambda v: _is_number(v) and v >= 1, "at least 1")
+COUNT = Key(
+    None,
+    lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
+    "a whole number of at least 1",
+)
+SHARE = Key(None, lambda v: _is_number(v) and 0 < v <= 1, "above 0 and at most 1")
+
+
+def optional(key: Key) -> Key:
+    """The same, or None."""
+    return Key(None, lambda v: v is None or key.allows(v), f"{key.expected}, or None")
+
+
+def check(owner: str, values: Mapping[str, Any], keys: Mapping[str, Key]) -> None:
+    """Refuse arguments that are not allowed.
+
+    Args:
+        owner: Whose arguments they are.
+        values: By name.
+        keys: What is allowed, by name.
+
+    Raises:
+        ValueError: Names the argument, the value and what is expected.
+    """
+    for name, key in keys.items():
+        if not key.allows(values[name]):
+            raise ValueError(f"{owner}: {name} must be {key.expected}, got {values[name]!r}.")
+
+
+# --- Keys of a configuration ----------------------------------------------------------------------
 
 
 def flag(default: bool) -> Key:

@@ -1,8 +1,9 @@
 """What all extensions share: the request id, the WSGI layers and their order, the current app.
 
-The layers are installed once per application by whichever extension comes first. The outermost gives
-each request its id. The id lives in the WSGI environment of its own request: one greenlet serves
-many requests of a kept connection, so a context variable that nobody resets would show in the next.
+The layers are installed once per application by whichever extension comes first. The outermost
+gives each request its id, which lives in the WSGI environment of its own request: one greenlet
+serves many requests of a kept connection, so a context variable that nobody resets would show in
+the next.
 """
 
 import contextvars

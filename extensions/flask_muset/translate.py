@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
+from werkzeug.http import parse_date
+
+from flask_muset.clock import SYSTEM
 from flask_muset.errors import (
     TABLE,
     AuthenticationError,
@@ -26,7 +29,15 @@ from flask_muset.errors import (
     ValidationError,
 )
 
-__all__ = ["CLASSES", "Translation", "field_errors", "is_timeout", "translate"]
+__all__ = [
+    "CLASSES",
+    "Translation",
+    "aborted_by_validation",
+    "field_errors",
+    "is_timeout",
+    "retry_after_s",
+    "translate",
+]
 
 #: What an exception becomes: a category, or a function of the exception.
 Translation = ErrorCategory | Callable[[Any], MusetError]
@@ -262,9 +273,23 @@ def _integrity(exception: Any) -> MusetError:
 # --- Clients of other services --------------------------------------------------------------------
 
 
-def _retry_after(headers: Any) -> float | None:
+def retry_after_s(headers: Any) -> float | None:
+    """Seconds that an answer's Retry-After asks for; None where it is missing or unreadable.
+
+    Args:
+        headers: A mapping that knows names in any case. A date is compared with the answer's own
+            `Date` where there is one, because the two clocks may differ.
+    """
     value = headers.get("Retry-After") if headers is not None else None
-    return float(value) if value and str(value).isdigit() else None
+    if not value:
+        return None
+    if value.isascii() and value.isdigit():
+        return float(value)
+    at, sent = parse_date(value), parse_date(headers.get("Date"))
+    if at is None:
+        return None
+    now = SYSTEM.wall() if sent is None else sent.timestamp()
+    return max(0.0, at.timestamp() - now)
 
 
 def _upstream(exception: Any) -> MusetError:
@@ -275,7 +300,7 @@ def _upstream(exception: Any) -> MusetError:
         return ExternalServiceError(str(exception), unavailable=True, retryable=False)
     if status in (429, 503):
         headers = getattr(response, "headers", None) or getattr(exception, "headers", None)
-        wait = _retry_after(headers)
+        wait = retry_after_s(headers)
         return ExternalServiceError(str(exception), unavailable=True, retry_after=wait)
     return ExternalServiceError(str(exception))
 

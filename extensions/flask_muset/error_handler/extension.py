@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, got_request_exception, request
 from werkzeug.exceptions import HTTPException, InternalServerError
-from werkzeug.wsgi import ClosingIterator
+from werkzeug.wsgi import FileWrapper
 
 from flask_muset import context
 from flask_muset.error_handler import catalogue, render
@@ -209,7 +209,9 @@ class _Boundary:
             answer = _answer(self._app, self._state, exception, self._app.request_class(environ))
             return answer(environ, start_response)
         # Lists and file wrappers cannot fail half-way, and servers treat the latter specially.
-        return _Body(body, self, environ) if type(body) is ClosingIterator else body
+        if isinstance(body, list | tuple | environ.get("wsgi.file_wrapper", FileWrapper)):
+            return body
+        return _Body(body, self, environ)
 
     def _is_ours(self, exception: BaseException) -> bool:
         """Flask lets exceptions through where PROPAGATE_EXCEPTIONS asks for it."""
@@ -229,18 +231,21 @@ class _Boundary:
         raise StreamAbortedError from exception
 
 
+def _nothing() -> None: ...
+
+
 class _Body:
     """A response's body on its way to the server."""
 
     __slots__ = ("_boundary", "_environ", "_inner", "close")
 
     def __init__(
-        self, inner: ClosingIterator, boundary: _Boundary, environ: "WSGIEnvironment"
+        self, inner: Iterable[bytes], boundary: _Boundary, environ: "WSGIEnvironment"
     ) -> None:
         self._inner = inner
         self._boundary = boundary
         self._environ = environ
-        self.close = inner.close
+        self.close = getattr(inner, "close", _nothing)
 
     def __iter__(self) -> Iterator[bytes]:
         try:

@@ -1,8 +1,8 @@
 """How many retries a process may add to its calls."""
 
 from flask_muset.clock import SYSTEM, Clock
+from flask_muset.configuration import ABOVE_ZERO, AT_LEAST_ZERO, check
 from flask_muset.locks import give_lock
-from flask_muset.resilience.guards import check_number
 from flask_muset.resilience.windows import FAILED, OK, TimeWindow
 
 __all__ = ["RetryBudget"]
@@ -31,9 +31,11 @@ class RetryBudget:
         *,
         clock: Clock | None = None,
     ) -> None:
-        check_number("RetryBudget", "ratio", ratio, "at least 0", lambda v: v >= 0)
-        check_number("RetryBudget", "floor", floor, "at least 0", lambda v: v >= 0)
-        check_number("RetryBudget", "window", window, "seconds above 0", lambda v: v > 0)
+        check(
+            "RetryBudget",
+            {"ratio": ratio, "floor": floor, "window": window},
+            {"ratio": AT_LEAST_ZERO, "floor": AT_LEAST_ZERO, "window": ABOVE_ZERO},
+        )
         self._ratio = ratio
         self._always = floor * window
         self._clock = clock or SYSTEM

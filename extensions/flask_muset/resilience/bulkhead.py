@@ -6,10 +6,11 @@ from collections import deque
 from typing import Any, Protocol
 
 from flask_muset.clock import SYSTEM
+from flask_muset.configuration import AT_LEAST_ZERO, COUNT, check
 from flask_muset.deadline import deadline
 from flask_muset.errors import OverloadedError
 from flask_muset.locks import give_lock
-from flask_muset.resilience.guards import Part, check_number
+from flask_muset.resilience.guards import Part
 from flask_muset.signals import Decision
 
 __all__ = ["Bulkhead"]
@@ -65,17 +66,10 @@ class Bulkhead(Part):
     kind = "bulkhead"
 
     def __init__(self, limit: int, max_wait: float = 0.0) -> None:
-        check_number(
-            "Bulkhead",
-            "limit",
-            limit,
-            "a whole number of at least 1",
-            lambda v: isinstance(v, int) and v >= 1,
-        )
-        check_number("Bulkhead", "max_wait", max_wait, "seconds of at least 0", lambda v: v >= 0)
+        self._options = {"limit": limit, "max_wait": max_wait}
+        check("Bulkhead", self._options, {"limit": COUNT, "max_wait": AT_LEAST_ZERO})
         self.limit = limit
         self.max_wait = max_wait
-        self._options = {"limit": limit, "max_wait": max_wait}
         self._free = limit
         self._line: deque[_Waiter] = deque()
         give_lock(self)

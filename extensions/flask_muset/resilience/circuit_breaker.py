@@ -1,20 +1,28 @@
 """A circuit breaker: what is known to fail is not called for a while."""
 
 import math
-import time
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Any
 
 from flask_muset import context
 from flask_muset.clock import SYSTEM, Clock
+from flask_muset.configuration import (
+    ABOVE_ZERO,
+    AT_LEAST_ONE,
+    COUNT,
+    SHARE,
+    Key,
+    check,
+    one_of,
+    optional,
+)
 from flask_muset.deadline import Expired
 from flask_muset.errors import CircuitOpenError
 from flask_muset.locks import give_lock
 from flask_muset.resilience.guards import (
     Call,
     Part,
-    check_number,
     current_outcome,
     error_of,
 )
@@ -75,8 +83,9 @@ class CircuitBreaker(Part):
         failure_threshold: Failures in a row that open it, at least 1.
         recovery_timeout: Seconds that it stays open, above 0. A Retry-After of the failure that
             opened it is followed if it is longer.
-        failure_rate: Share of failures that opens it, above 0 and at most 1; replaces the threshold.
-        slow_call_rate: Share of slow calls that opens it; replaces the threshold.
+        failure_rate: Share of failures that opens it, above 0 and at most 1, in place of the
+            threshold.
+        slow_call_rate: Share of slow calls that opens it, in place of the threshold.
         slow_call_duration: Seconds from which a call is slow.
         window_calls: The last calls that the rates are taken of, at least 1.
         window_seconds: The last seconds instead; None takes `window_calls`.
@@ -186,7 +195,7 @@ class CircuitBreaker(Part):
         # Without __init__, which only sets what is given: this is half of a refusal's cost.
         error = _new(CircuitOpenError, self._message)
         error._retry_after = wait_s
-        return error
+        return error  # type: ignore[no-any-return]
 
     def _end_streak(self, era: int) -> None:
         with self._lock:
@@ -300,7 +309,7 @@ class CircuitBreaker(Part):
             open_s = max(open_s, min(told, _RETRY_AFTER_CAP_S if cap is None else cap))
         self._trips += 1
         self._until = now + (open_s if cap is None else min(open_s, cap))
-        self._opened_at = time.time()
+        self._opened_at = self._clock.wall()
         return self._change(_OPEN)
 
     def _close(self) -> list[BreakerEvent]:
@@ -346,11 +355,11 @@ class CircuitBreaker(Part):
         return _CLOSED if is_forced and now >= self._forced_until else self._state
 
     def snapshot(self) -> dict[str, Any]:
-        """Return `state, calls, failures, slow_calls, failure_rate, slow_call_rate, opened_at,
-        retry_after`.
+        """What is known now.
 
-        The numbers are those of the window, the rates from 0 to 1, `opened_at` in seconds since
-        the epoch, `retry_after` in seconds, None where nothing is refused.
+        The keys are `state, calls, failures, slow_calls, failure_rate, slow_call_rate, opened_at,
+        retry_after`. The numbers are those of the window, the rates from 0 to 1, `opened_at` in
+        seconds since the epoch, `retry_after` in seconds, None where nothing is refused.
         """
         now = self._clock.now()
         with self._lock:
@@ -387,13 +396,11 @@ class CircuitBreaker(Part):
 
     def _force(self, state: BreakerState, expires_s: float | None) -> None:
         if expires_s is not None:
-            check_number(
-                "CircuitBreaker", "expires_s", expires_s, "seconds above 0", lambda v: v > 0
-            )
+            check("CircuitBreaker", {"expires_s": expires_s}, {"expires_s": ABOVE_ZERO})
         with self._lock:
             self._forced_until = math.inf if expires_s is None else self._clock.now() + expires_s
             if state is _FORCED_OPEN:
-                self._opened_at = time.time()
+                self._opened_at = self._clock.wall()
             changes = self._change(state)
         self._tell(changes)
 
@@ -411,6 +418,24 @@ class CircuitBreaker(Part):
         self.reset()
 
 
+_ALLOWED = {
+    "name": Key(None, lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
+    "failure_threshold": COUNT,
+    "recovery_timeout": ABOVE_ZERO,
+    "failure_rate": optional(SHARE),
+    "slow_call_rate": optional(SHARE),
+    "slow_call_duration": optional(ABOVE_ZERO),
+    "window_calls": COUNT,
+    "window_seconds": optional(ABOVE_ZERO),
+    "minimum_calls": COUNT,
+    "half_open_calls": COUNT,
+    "recovery_growth": AT_LEAST_ONE,
+    "max_recovery_timeout": optional(ABOVE_ZERO),
+    "ignore": Key(None, lambda v: isinstance(v, type | tuple), "exception classes"),
+    "mode": one_of("enforce", *_MODES),
+}
+
+
 def _check(options: dict[str, Any]) -> None:
     """Refuse arguments that are not allowed.
 
@@ -418,52 +443,20 @@ def _check(options: dict[str, Any]) -> None:
         ValueError: Names the argument, the value and what is expected.
     """
     own = f"CircuitBreaker {options['name']!r}"
-    if not (isinstance(options["name"], str) and options["name"]):
-        raise ValueError(f"CircuitBreaker: name must be a text, got {options['name']!r}.")
-    for name in ("failure_threshold", "window_calls", "minimum_calls", "half_open_calls"):
-        check_number(
-            own,
-            name,
-            options[name],
-            "a whole number of at least 1",
-            lambda v: isinstance(v, int) and v >= 1,
-        )
-    check_number(
-        own,
-        "recovery_timeout",
-        options["recovery_timeout"],
-        "seconds above 0",
-        lambda v: v > 0,
-    )
-    check_number(own, "recovery_growth", options["recovery_growth"], "at least 1", lambda v: v >= 1)
-    for name in ("failure_rate", "slow_call_rate"):
-        if options[name] is not None:
-            check_number(own, name, options[name], "above 0 and at most 1", lambda v: 0 < v <= 1)
-    for name in ("slow_call_duration", "window_seconds"):
-        if options[name] is not None:
-            check_number(own, name, options[name], "seconds above 0", lambda v: v > 0)
+    check(own, options, _ALLOWED)
     longest, first = options["max_recovery_timeout"], options["recovery_timeout"]
-    if longest is not None:
-        check_number(
-            own,
-            "max_recovery_timeout",
-            longest,
-            f"seconds of at least recovery_timeout ({first!r})",
-            lambda v: v >= first,
+    if longest is not None and longest < first:
+        raise ValueError(
+            f"{own}: max_recovery_timeout must be at least recovery_timeout ({first!r}), "
+            f"got {longest!r}."
         )
     if (options["slow_call_rate"] is None) != (options["slow_call_duration"] is None):
         raise ValueError(
             f"{own}: slow_call_rate and slow_call_duration belong together; give both or none."
         )
-    if options["window_seconds"] is None and options["minimum_calls"] > options["window_calls"]:
+    size = options["window_calls"]
+    if options["window_seconds"] is None and options["minimum_calls"] > size:
         raise ValueError(
-            f"{own}: minimum_calls must be at most window_calls ({options['window_calls']!r}), "
+            f"{own}: minimum_calls must be at most window_calls ({size!r}), "
             f"got {options['minimum_calls']!r}: a rate would never open it."
-        )
-    ignore = options["ignore"]
-    if not isinstance(ignore, type | tuple):
-        raise ValueError(f"{own}: ignore must be exception classes, got {ignore!r}.")
-    if options["mode"] not in _MODES:
-        raise ValueError(
-            f"{own}: mode must be one of {', '.join(_MODES)}, got {options['mode']!r}."
         )

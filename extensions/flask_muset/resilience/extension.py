@@ -224,7 +224,9 @@ def _made(config: Config, name: str, part: Declared, *, keep: bool) -> Part:
         return _retry_strategy(config, {})
     assert isinstance(part, Part)  # noqa: S101 - `_undeclared` has seen it
     own = part if keep else part.like()
-    return _in_mode(config, own) if isinstance(own, CircuitBreaker) else own
+    if isinstance(own, CircuitBreaker):
+        _in_mode(config, own)
+    return own
 
 
 def _overridden(config: Config, name: str, parts: list[Part]) -> list[Part]:
@@ -243,8 +245,9 @@ def _overridden(config: Config, name: str, parts: list[Part]) -> list[Part]:
             changed = part.like(**options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{key}: {error}") from None
-        is_breaker = isinstance(changed, CircuitBreaker)
-        parts[position] = _in_mode(config, changed) if is_breaker else changed
+        if isinstance(changed, CircuitBreaker):
+            _in_mode(config, changed)
+        parts[position] = changed
     return parts
 
 

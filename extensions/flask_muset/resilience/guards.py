@@ -24,7 +24,6 @@ __all__ = [
     "Guard",
     "Part",
     "call_directly",
-    "check_number",
     "current_outcome",
     "error_of",
     "refuse_asyncio_under_gevent",
@@ -45,19 +44,6 @@ _blocks: ContextVar[Any] = ContextVar("flask_muset.blocks", default=None)
 def call_directly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The innermost layer."""
     return fn(*args, **kwargs)
-
-
-def check_number(
-    owner: str, name: str, value: Any, expected: str, allowed: Callable[[Any], bool]
-) -> None:
-    """Refuse an argument that is not allowed.
-
-    Raises:
-        ValueError: Names the argument, the value and what is expected.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (is_number and allowed(value)):
-        raise ValueError(f"{owner}: {name} must be {expected}, got {value!r}.")
 
 
 def error_of(exception: BaseException) -> MusetError:
@@ -188,9 +174,7 @@ class Guard:
             for part in parts:
                 entered.append((part, part.enter()))  # noqa: PERF401 - what was entered is left
         except BaseException as error:
-            raised = _leave(entered, error)
-            if raised is not error:
-                raise raised from error
+            _leave(entered, error)
             raise
         _blocks.set((entered, _blocks.get()))
         return self
@@ -205,7 +189,10 @@ class Guard:
         _blocks.set(around)
         raised = _leave(entered, error)
         if raised is not None and raised is not error:
-            raise raised from error
+            try:
+                raise raised from error
+            finally:
+                del raised
 
 
 _COLOURED = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR

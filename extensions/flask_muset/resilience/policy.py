@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from flask_muset.resilience.bulkhead import Bulkhead
@@ -115,6 +116,22 @@ class Policy(Guard):
         self._chain = lambda fn, args, kwargs: plain[id(current())](fn, args, kwargs)
         self._async_chain = lambda fn, args, kwargs: awaited[id(current())](fn, args, kwargs)
 
+    def put_inside(self, innermost: Call, async_innermost: AsyncCall) -> Callable[[], None]:
+        """Call the function through something else, such as a script of faults.
+
+        Returns:
+            What puts it back as it was.
+        """
+        before = self._chain, self._async_chain
+        parts = self._parts()
+        self._chain = chain(parts, innermost)
+        self._async_chain = async_chain(parts, async_innermost)
+
+        def restore() -> None:
+            self._chain, self._async_chain = before
+
+        return restore
+
     def _parts(self) -> tuple[Part, ...]:
         return self.parts if self._current is None else self._current()
 
@@ -180,7 +197,7 @@ def check_order(name: str, parts: Sequence[Part]) -> None:
             raise ValueError(f"policy {name!r}: {part!r} is no part; use {known}.")
     total = len(parts) > 1 and isinstance(parts[0], Timeout)
     ranks = [_ORDER.index(type(part)) for part in parts[total:]]
-    for outer, inner in zip(ranks, ranks[1:], strict=False):
+    for outer, inner in pairwise(ranks):
         if outer == inner:
             raise ValueError(f"policy {name!r} has more than one {_ORDER[inner].__name__}.")
         if outer > inner:

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from flask_muset.clock import SYSTEM, Clock
+from flask_muset.configuration import ABOVE_ZERO, COUNT, check
 from flask_muset.errors import RateLimitError
 from flask_muset.locks import give_lock
-from flask_muset.resilience.guards import Call, Part, check_number
+from flask_muset.resilience.guards import Call, Part
 from flask_muset.signals import Decision
 
 __all__ = ["Hit", "RateLimit"]
@@ -54,17 +55,10 @@ class RateLimit(Part):
     kind = "rate_limit"
 
     def __init__(self, limit: int, period: float, *, clock: Clock | None = None) -> None:
-        check_number(
-            "RateLimit",
-            "limit",
-            limit,
-            "a whole number of at least 1",
-            lambda v: isinstance(v, int) and v >= 1,
-        )
-        check_number("RateLimit", "period", period, "seconds above 0", lambda v: v > 0)
+        self._options = {"limit": limit, "period": period, "clock": clock}
+        check("RateLimit", self._options, {"limit": COUNT, "period": ABOVE_ZERO})
         self.limit = limit
         self.period = period
-        self._options = {"limit": limit, "period": period, "clock": clock}
         self._clock = clock or SYSTEM
         self._interval = math.ceil(period * _NS / limit)
         self._burst = self._interval * limit

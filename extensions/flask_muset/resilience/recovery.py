@@ -3,10 +3,9 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from flask_muset.deadline import deadline
-from flask_muset.locks import give_lock
+from flask_muset.configuration import ABOVE_ZERO, check
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
-from flask_muset.resilience.guards import check_number
+from flask_muset.resilience.timeout import Timeout
 
 __all__ = ["ErrorRecovery"]
 
@@ -19,14 +18,9 @@ class ErrorRecovery:
     """
 
     def __init__(self, action_timeout: float = 30.0) -> None:
-        check_number(
-            "ErrorRecovery", "action_timeout", action_timeout, "seconds above 0", lambda v: v > 0
-        )
-        self._action_timeout = action_timeout
+        check("ErrorRecovery", {"action_timeout": action_timeout}, {"action_timeout": ABOVE_ZERO})
+        self.action_timeout = action_timeout
         self._breakers: dict[str, CircuitBreaker] = {}
-        give_lock(self)
-
-    _lock: Any
 
     def get_circuit_breaker(self, name: str, **options: Any) -> CircuitBreaker:
         """The breaker with this name, made at the first call.
@@ -39,12 +33,12 @@ class ErrorRecovery:
         Raises:
             ValueError: It was made with other options; two places would each believe in their own.
         """
-        with self._lock:
-            found = self._breakers.get(name)
+        found = self._breakers.get(name)
         if found is None:
             made = self._make(name, options)
-            with self._lock:
-                return self._breakers.setdefault(name, made)
+            found = self._breakers.setdefault(name, made)
+            if found is made:
+                return made
         differing = [k for k, v in options.items() if found.options.get(k) != v]
         if differing:
             key = differing[0]
@@ -57,10 +51,14 @@ class ErrorRecovery:
     def _make(self, name: str, options: dict[str, Any]) -> CircuitBreaker:
         return CircuitBreaker(name, **options)
 
+    def share_breakers(self, other: "ErrorRecovery") -> None:
+        """Have the breakers of another one."""
+        self._breakers = other._breakers
+        self._make = other._make  # type: ignore[method-assign]
+
     def breakers(self) -> dict[str, CircuitBreaker]:
         """All breakers by name."""
-        with self._lock:
-            return dict(self._breakers)
+        return dict(self._breakers)
 
     def recover_from_error(
         self, error: BaseException, recovery_actions: Iterable[Callable[[], Any]]
@@ -68,26 +66,23 @@ class ErrorRecovery:
         """Run actions in order until one succeeds, which means: returns.
 
         Args:
-            error: What happened. An action that fails has it as its context in the log of whoever
-                looks at `recovery_failures`.
-            recovery_actions: Functions without arguments, each bounded in time and by the deadline.
+            error: What happened; the failures of actions are added to it as notes.
+            recovery_actions: Functions without arguments, each bounded in time.
 
         Returns:
             Whether one succeeded.
         """
-        failures: list[Exception] = []
+        bounded = Timeout(self.action_timeout)
         for action in recovery_actions:
             try:
-                with deadline(self._action_timeout):
-                    action()
+                bounded.call(action)
             except Exception as failure:  # noqa: BLE001 - the next action is tried
-                failures.append(failure)
+                self.note(error, failure)
             else:
                 return True
-        self._note(error, failures)
         return False
 
-    def _note(self, error: BaseException, failures: list[Exception]) -> None:
-        """Leave the failures where a person finds them: with the error."""
-        for failure in failures:
-            error.add_note(f"recovery failed: {type(failure).__name__}: {failure}")
+    @staticmethod
+    def note(error: BaseException, failure: Exception) -> None:
+        """Leave the failure of an action where a person finds it: with the error."""
+        error.add_note(f"recovery failed: {type(failure).__name__}: {failure}")

@@ -110,6 +110,10 @@ class RequestLimits:
             if depart is not None:
                 depart()
             raise
+        wrapper = environ.get("wsgi.file_wrapper")
+        is_file = wrapper is not None and isinstance(body, wrapper)
+        if is_file and depart is None:  # servers send a file unread if it comes as it is
+            return body  # type: ignore[no-any-return]
         return _Body(body, clock, depart)
 
     def _seconds(self, environ: "WSGIEnvironment") -> tuple[float, bool]:
@@ -131,13 +135,14 @@ class RequestLimits:
 class _Time:
     """The deadline of one request, from the application's call to its first bytes."""
 
-    __slots__ = ("_at", "_counts", "_mode", "_seconds", "_tell")
+    __slots__ = ("_at", "_counts", "_mode", "_seconds", "_tell", "_told")
 
     def __init__(self, seconds: float, mode: str, tell: Tell, *, counts: bool) -> None:
         self._seconds = seconds
         self._mode = mode
         self._tell = tell
         self._counts = counts
+        self._told = False
         self._at = SYSTEM.now() + seconds
 
     def run(self, work: Callable[[], Any]) -> Any:
@@ -148,8 +153,7 @@ class _Time:
         """
         if self._mode != "enforce":
             result = work()
-            if SYSTEM.now() > self._at:
-                self._tell("deadline", Decision.WOULD_REJECT)
+            self._tell_late(Decision.WOULD_REJECT)
             return result
         scope = Scope(max(0.0, self._at - SYSTEM.now()), counts=self._counts)
         scope.enter()
@@ -164,8 +168,13 @@ class _Time:
                 ) from error
             raise
         if scope.leave():
-            self._tell("deadline", Decision.OVERRUN)
+            self._tell_late(Decision.OVERRUN)
         return result
+
+    def _tell_late(self, decision: Decision) -> None:
+        if SYSTEM.now() > self._at and not self._told:
+            self._told = True
+            self._tell("deadline", decision)
 
 
 class _Body:
@@ -193,11 +202,18 @@ class _Body:
 
     def close(self) -> None:
         """Close the body and give the request's place up."""
-        depart, self._depart = self._depart, None
         try:
             close = getattr(self._inner, "close", None)
             if close is not None:
                 close()
         finally:
-            if depart is not None:
-                depart()
+            self._leave()
+
+    def _leave(self) -> None:
+        depart, self._depart = self._depart, None
+        if depart is not None:
+            depart()
+
+    def __del__(self) -> None:
+        # Test clients drop responses without closing them.
+        self._leave()

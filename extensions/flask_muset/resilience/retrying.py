@@ -10,6 +10,15 @@ from backoff import expo
 
 from flask_muset import context
 from flask_muset.clock import SYSTEM, Clock
+from flask_muset.configuration import (
+    ABOVE_ZERO,
+    AT_LEAST_ONE,
+    AT_LEAST_ZERO,
+    Key,
+    check,
+    flag,
+    optional,
+)
 from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
 from flask_muset.resilience.budget import RetryBudget
@@ -17,7 +26,6 @@ from flask_muset.resilience.guards import (
     AsyncCall,
     Call,
     Part,
-    check_number,
     error_of,
     refuse_asyncio_under_gevent,
 )
@@ -30,6 +38,23 @@ F = TypeVar("F", bound=Callable[..., Any])
 #: Which errors are tried again: classes, or a function of the exception.
 RetryOn = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 
+_ALLOWED = {
+    "max_retries": Key(
+        None,
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+        "a whole number of at least 0",
+    ),
+    "initial_delay": AT_LEAST_ZERO,
+    "max_delay": AT_LEAST_ZERO,
+    "exponential_base": AT_LEAST_ONE,
+    "jitter": flag(True),
+    "max_elapsed": optional(ABOVE_ZERO),
+    "retry_on": Key(
+        None,
+        lambda v: v is None or callable(v) or isinstance(v, tuple),
+        "exception classes or a function of the exception",
+    ),
+}
 #: Whether a retry goes on around the current call: of nested ones the outermost decides.
 _retrying: ContextVar[bool] = ContextVar("flask_muset.retrying", default=False)
 
@@ -86,40 +111,6 @@ class RetryStrategy(Part):
         budget: RetryBudget | None = None,
         clock: Clock | None = None,
     ) -> None:
-        own = "RetryStrategy"
-        check_number(
-            own,
-            "max_retries",
-            max_retries,
-            "a whole number of at least 0",
-            lambda v: isinstance(v, int) and v >= 0,
-        )
-        check_number(own, "initial_delay", initial_delay, "seconds of at least 0", lambda v: v >= 0)
-        check_number(
-            own,
-            "max_delay",
-            max_delay,
-            f"seconds of at least initial_delay ({initial_delay!r})",
-            lambda v: v >= initial_delay,
-        )
-        check_number(own, "exponential_base", exponential_base, "at least 1", lambda v: v >= 1)
-        if not isinstance(jitter, bool):
-            raise ValueError(f"{own}: jitter must be True or False, got {jitter!r}.")
-        if max_elapsed is not None:
-            check_number(own, "max_elapsed", max_elapsed, "seconds above 0", lambda v: v > 0)
-        if not (retry_on is None or callable(retry_on) or isinstance(retry_on, tuple)):
-            raise ValueError(
-                f"{own}: retry_on must be exception classes or a function, got {retry_on!r}."
-            )
-        self.max_retries = max_retries
-        self.initial_delay = initial_delay
-        self.max_delay = max_delay
-        self.exponential_base = exponential_base
-        self.jitter = jitter
-        self.max_elapsed = max_elapsed
-        self.retry_on = retry_on
-        self.budget = budget
-        self.clock = clock or SYSTEM
         self._options = {
             "max_retries": max_retries,
             "initial_delay": initial_delay,
@@ -131,6 +122,21 @@ class RetryStrategy(Part):
             "budget": budget,
             "clock": clock,
         }
+        check("RetryStrategy", self._options, _ALLOWED)
+        if max_delay < initial_delay:
+            raise ValueError(
+                f"RetryStrategy: max_delay must be at least initial_delay ({initial_delay!r}), "
+                f"got {max_delay!r}."
+            )
+        self.max_retries = max_retries
+        self.initial_delay = initial_delay
+        self.max_delay = max_delay
+        self.exponential_base = exponential_base
+        self.jitter = jitter
+        self.max_elapsed = max_elapsed
+        self.retry_on = retry_on
+        self.budget = budget
+        self.clock = clock or SYSTEM
         super().__init__()
 
     def waits(self) -> Iterator[float]:
@@ -257,8 +263,9 @@ class _Attempts:
         strategy.tell(Decision.RETRIED, wait_s=wait_s, error=error)
         return wait_s
 
-    def _stop(self, decision: Decision, error: Exception) -> None:
+    def _stop(self, decision: Decision, error: Exception) -> float | None:
         self._strategy.tell(decision, error=error)
+        return None
 
 
 class _Configured(RetryStrategy):

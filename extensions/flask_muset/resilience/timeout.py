@@ -4,8 +4,9 @@ import asyncio
 from typing import Any
 
 from flask_muset.clock import SYSTEM
+from flask_muset.configuration import ABOVE_ZERO, check
 from flask_muset.deadline import Scope
-from flask_muset.resilience.guards import Part, check_number, refuse_asyncio_under_gevent
+from flask_muset.resilience.guards import Part, refuse_asyncio_under_gevent
 from flask_muset.signals import Decision
 
 __all__ = ["Timeout"]
@@ -26,9 +27,9 @@ class Timeout(Part):
     kind = "timeout"
 
     def __init__(self, seconds: float) -> None:
-        check_number("Timeout", "seconds", seconds, "seconds above 0", lambda v: v > 0)
-        self.seconds = seconds
         self._options = {"seconds": seconds}
+        check("Timeout", self._options, {"seconds": ABOVE_ZERO})
+        self.seconds = seconds
         super().__init__()
 
     def enter(self) -> Scope:

@@ -1,0 +1,90 @@
+"""The asynchronous names, for processes that run asyncio: scripts and ASGI applications.
+
+The building blocks are the same ones: what they guard decides the colour, so a decorated coroutine
+function stays one. Only what takes functions and returns their results has a form of its own here.
+asyncio does not work in a process that gevent has patched; there these names raise RuntimeError.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+from werkzeug.local import LocalProxy
+
+from flask_muset import context
+from flask_muset.deadline import deadline
+from flask_muset.resilience import (
+    Bulkhead,
+    CircuitBreaker,
+    Fallback,
+    Policy,
+    RateLimit,
+    RetryBudget,
+    RetryStrategy,
+    Timeout,
+    retry,
+    retry_async,
+)
+from flask_muset.resilience.guards import refuse_asyncio_under_gevent
+from flask_muset.resilience.recovery import ErrorRecovery as _ErrorRecovery
+
+__all__ = [
+    "Bulkhead",
+    "CircuitBreaker",
+    "ErrorRecovery",
+    "Fallback",
+    "Policy",
+    "RateLimit",
+    "RetryBudget",
+    "RetryStrategy",
+    "Timeout",
+    "deadline",
+    "error_recovery",
+    "retry",
+    "retry_async",
+]
+
+
+class ErrorRecovery(_ErrorRecovery):
+    """Circuit breakers by name, and recovery in steps that are awaited."""
+
+    async def recover_from_error(  # type: ignore[override] # the colour is what differs
+        self, error: BaseException, recovery_actions: Iterable[Callable[[], Awaitable[Any] | Any]]
+    ) -> bool:
+        """Run actions in order until one succeeds, which means: returns.
+
+        Args:
+            error: What happened; the failures of actions are added to it as notes.
+            recovery_actions: Coroutine functions or plain functions without arguments, each bounded
+                in time.
+
+        Returns:
+            Whether one succeeded.
+        """
+        refuse_asyncio_under_gevent()
+
+        async def run(action: Callable[[], Awaitable[Any] | Any]) -> None:
+            made = action()
+            if inspect.isawaitable(made):
+                await made
+
+        bounded = Timeout(self.action_timeout)(run)
+        for action in recovery_actions:
+            try:
+                await bounded(action)
+            except Exception as failure:  # noqa: BLE001 - the next action is tried
+                self.note(error, failure)
+            else:
+                return True
+        return False
+
+
+def _current() -> ErrorRecovery:
+    plain: _ErrorRecovery = context.state("resilience", "Resilience").recovery
+    recovery = ErrorRecovery(plain.action_timeout)
+    recovery.share_breakers(plain)
+    return recovery
+
+
+#: The current app's ErrorRecovery; it has the same breakers as the plain one.
+error_recovery: ErrorRecovery = LocalProxy(_current)  # type: ignore[assignment]

@@ -1,0 +1,368 @@
+"""Several parts under one name."""
+
+import asyncio
+import itertools
+
+import pytest
+
+from flask_muset.clock import SYSTEM
+from flask_muset.deadline import deadline
+from flask_muset.errors import (
+    CircuitOpenError,
+    NetworkError,
+    NotFoundError,
+    OperationTimeoutError,
+    OverloadedError,
+)
+from flask_muset.resilience import (
+    Bulkhead,
+    CircuitBreaker,
+    Fallback,
+    Policy,
+    RateLimit,
+    RetryStrategy,
+    Timeout,
+)
+from flask_muset.signals import policy_decided
+from flask_muset.testing import faults, virtual_clock
+
+
+@pytest.fixture
+def clock():
+    with virtual_clock() as clock:
+        yield clock
+
+
+def parts():
+    return [
+        Fallback("fallback"),
+        RetryStrategy(3, 1.0, jitter=False),
+        CircuitBreaker("x"),
+        RateLimit(100, 60),
+        Bulkhead(10),
+        Timeout(5),
+    ]
+
+
+def test_right_orders_are_taken():
+    """Every selection in the fixed order is right, and a time-out may stand outermost as well."""
+    made = parts()
+    for size in range(1, 7):
+        for selection in itertools.combinations(made, size):
+            Policy("x", selection)
+            if size > 1:
+                Policy("x", [Timeout(9), *(p for p in selection if not isinstance(p, Timeout))])
+
+
+def test_wrong_orders_are_refused_with_the_reason():
+    """Two parts in the wrong order, and two of one kind, are refused; the text says why."""
+    made = parts()
+    for outer, inner in itertools.combinations(range(6), 2):
+        if outer == 5 or inner == 5:
+            continue
+        with pytest.raises(ValueError, match="policy 'shop'") as raised:
+            Policy("shop", [made[inner], made[outer]])
+        first, second = type(made[outer]).__name__, type(made[inner]).__name__
+        assert f"{first} must stand before {second}: " in str(raised.value)
+    with pytest.raises(ValueError, match="more than one Bulkhead"):
+        Policy("shop", [Bulkhead(1), Bulkhead(2)])
+    with pytest.raises(ValueError, match="is no part"):
+        Policy("shop", [3])
+    with pytest.raises(ValueError, match="name"):
+        Policy("", [Bulkhead(1)])
+    with pytest.raises(ValueError, match="Fallback must stand before Timeout"):
+        Policy("shop", [Bulkhead(1), Timeout(1), Fallback(1)])
+
+
+def test_all_parts_together(clock):
+    """A time-out and an error are retried, the third attempt gives the result."""
+    policy = Policy("x", parts())
+    with faults(policy, {1: 9.0, 2: NetworkError()}) as seen:
+        assert policy.call(lambda x: x * 2, 21) == 42
+    assert seen.calls == 3
+    assert clock.now == 1_000 + 5 + 1 + 2
+    assert policy.breaker.snapshot()["failures"] == 2
+
+
+def test_fallback_answers_for_what_is_left(clock):
+    """When the retries are used up the fallback gives the result."""
+    policy = Policy("x", parts())
+    with faults(policy, dict.fromkeys(range(1, 5), NetworkError())):
+        assert policy.call(lambda: "never") == "fallback"
+
+
+def test_an_open_circuit_goes_straight_to_the_fallback(clock):
+    """A refusal is not retried: the fallback answers without a wait."""
+    policy = Policy("x", parts())
+    policy.breaker.force_open()
+    assert policy.call(lambda: "never") == "fallback"
+    assert clock.now == 1_000
+
+
+def test_fallback_forms(clock):
+    """A value, a function without and one with the exception; other exceptions pass."""
+    error = NotFoundError("x")
+
+    def fail():
+        raise error
+
+    assert Fallback([1]).call(fail) == [1]
+    assert Fallback(lambda: "made").call(fail) == "made"
+    assert Fallback(lambda e: e).call(fail) is error
+    assert Fallback(lambda e=None: e).call(fail) is error
+    with pytest.raises(NotFoundError):
+        Fallback(1, on=KeyError).call(fail)
+    with pytest.raises(KeyboardInterrupt):
+        Fallback(1).call(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(ValueError, match="classes of Exception"):
+        Fallback(1, on=BaseException)
+
+
+def test_timeout_is_a_failure_and_is_retried(clock):
+    """Our own time-out is an error like any other: counted by the breaker, tried again."""
+    policy = Policy("x", [RetryStrategy(2, 0.0), CircuitBreaker("x"), Timeout(1)])
+    calls = []
+
+    def slow():
+        calls.append(clock.now)
+        clock.sleep(3)
+
+    with pytest.raises(OperationTimeoutError):
+        policy.call(slow)
+    assert calls == [1_000, 1_001, 1_002]
+    assert policy.breaker.snapshot()["failures"] == 3
+
+
+@pytest.mark.claim(
+    "A deadline of 2 s over retries and nested calls ends at 2.0 s within 0.1 s; "
+    "nothing is retried twice by nested layers"
+)
+def test_one_deadline_over_everything(prove):
+    """Real time under gevent: attempts of 0.3 s that fail, nested, end when the deadline does."""
+    from patched import run_patched
+
+    code = """
+    import time
+    from flask_muset.deadline import deadline
+    from flask_muset.errors import NetworkError, OperationTimeoutError
+    from flask_muset.resilience import *
+    ends, calls = [], []
+    inner = Policy("inner", [RetryStrategy(50, 0.05, 0.05), Timeout(0.7)])
+    breaker = CircuitBreaker("x", failure_threshold=99)
+    outer = Policy("outer", [RetryStrategy(50, 0.01, 0.01), breaker])
+    def work():
+        calls.append(1)
+        if len(calls) < 4:
+            gevent.sleep(0.3)
+            raise NetworkError
+        gevent.sleep(60)
+    def nested():
+        return inner.call(work)
+    for attempt in range(3):
+        del calls[:]
+        began = time.monotonic()
+        try:
+            with deadline(2.0):
+                outer.call(nested)
+        except OperationTimeoutError:
+            ends.append(time.monotonic() - began)
+    flat = []
+    def failing():
+        flat.append(1)
+        raise NetworkError
+    once = retry(max_retries=2)(retry(max_retries=2)(retry(max_retries=2)(failing)))
+    strategy = RetryStrategy(2, 0.0)
+    try:
+        retry_call(lambda: retry_call(strategy.call, failing, strategy=strategy), strategy=strategy)
+    except NetworkError:
+        pass
+    result = {"ends": ends, "calls": len(flat)}
+    """
+    found = run_patched(code)
+    ends = ", ".join(f"{end:.3f}" for end in found["ends"])
+    prove.figure(
+        f"ended at {ends} s; three nested layers of three attempts: {found['calls']} calls"
+    )
+    assert len(found["ends"]) == 3
+    assert all(1.9 <= end <= 2.1 for end in found["ends"]) or not prove.full
+    assert found["calls"] == 3
+
+
+def test_with_blocks(clock):
+    """Parts that do not repeat guard a block; those that do say why they cannot."""
+    policy = Policy("x", [CircuitBreaker("x", failure_threshold=1), Bulkhead(1), Timeout(1)])
+    with policy:
+        assert deadline.remaining() == 1
+        with pytest.raises(OverloadedError), policy:
+            pass
+    with pytest.raises(OperationTimeoutError), policy:
+        clock.sleep(2)
+    with pytest.raises(CircuitOpenError), policy:
+        pass
+    assert policy.parts[1].in_use == 0
+    assert deadline.remaining() is None
+    with pytest.raises(TypeError, match="RetryStrategy cannot guard a `with` block"):
+        Policy("y", [RetryStrategy(), Bulkhead(1)]).__enter__()
+
+
+def test_outcome(clock):
+    """What happened, in figures: attempts, waits, the part that decided, and why it ended."""
+    policy = Policy("x", parts()[1:])
+    with faults(policy, {1: NetworkError()}):
+        fine = policy.outcome(lambda: 7)
+    assert (fine.result(), fine.attempts, fine.waits) == (7, 1, [1.0])
+    assert (fine.decided_by, fine.stop_reason) == (None, "succeeded")
+
+    bad = policy.outcome(lambda: 1 / 0)
+    assert (bad.attempts, bad.decided_by, bad.stop_reason) == (1, "retry", "not_retryable")
+    with pytest.raises(ZeroDivisionError):
+        bad.result()
+
+    policy.breaker.force_open()
+    refused = policy.outcome(lambda: 7)
+    assert isinstance(refused.error, CircuitOpenError)
+    assert (refused.attempts, refused.decided_by) == (0, "retry")
+    assert Policy("y", [CircuitBreaker("z")]).outcome(lambda: 1 / 0).stop_reason == "failed"
+
+
+def test_outcome_names_who_refused(clock):
+    """Each refusing part is named; the fallback too."""
+    breaker = CircuitBreaker("x")
+    breaker.force_open()
+    full = Bulkhead(1)
+    full.enter()
+    over = RateLimit(1, 60)
+    over.hit()
+    for part in (breaker, full, over):
+        outcome = Policy("y", [part]).outcome(lambda: 7)
+        assert (outcome.decided_by, outcome.stop_reason) == (part.kind, "rejected")
+        assert outcome.attempts == 0
+    outcome = Policy("y", [Fallback(3), breaker]).outcome(lambda: 7)
+    assert (outcome.value, outcome.decided_by, outcome.stop_reason) == (3, "fallback", "fell_back")
+    outcome = Policy("y", [Timeout(1)]).outcome(clock.sleep, 2)
+    assert (outcome.decided_by, outcome.stop_reason) == ("timeout", "timed_out")
+
+
+def test_events_bear_the_policys_name(clock):
+    """Each decision is one event with bounded labels."""
+    seen = []
+
+    def listen(_sender, event):
+        seen.append((event.policy, event.part, event.decision.value))
+
+    policy = Policy(
+        "shop", [Fallback(0), RetryStrategy(1, 0.0), CircuitBreaker("shop"), Timeout(1)]
+    )
+    with policy_decided.connected_to(listen), faults(policy, {1: 2.0, 2: NetworkError()}):
+        assert policy.call(lambda: 1) == 0
+    assert seen == [
+        ("shop", "timeout", "timed_out"),
+        ("shop", "retry", "retried"),
+        ("shop", "retry", "retries_exhausted"),
+        ("shop", "fallback", "fell_back"),
+    ]
+
+
+def test_coroutine_functions(clock):
+    """The same policy guards awaited calls, an awaitable fallback too."""
+    policy = Policy("x", parts())
+
+    @policy
+    async def work(x):
+        return x + 1
+
+    async def other():
+        return "other"
+
+    with faults(policy, {1: NetworkError(), 2: 9.0}) as seen:
+        assert asyncio.run(work(1)) == 2
+    assert seen.calls == 3
+    assert asyncio.run(policy.call(work.__wrapped__, 2)) == 3
+    policy = Policy("x", [Fallback(other), CircuitBreaker("x")])
+    policy.breaker.force_open()
+    assert asyncio.run(policy.call(work.__wrapped__, 2)) == "other"
+
+
+def test_real_asyncio_timeout():
+    """asyncio's own time-out cuts a task off, and inner cancellations pass untouched."""
+
+    @Timeout(0.05)
+    async def slow():
+        await asyncio.sleep(10)
+
+    @Timeout(5)
+    async def cancelled():
+        raise asyncio.CancelledError
+
+    @Timeout(5)
+    async def own():
+        raise TimeoutError("the library's own")
+
+    with pytest.raises(OperationTimeoutError):
+        asyncio.run(slow())
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(cancelled())
+    with pytest.raises(TimeoutError, match="the library's own"):
+        asyncio.run(own())
+
+
+def test_generators(clock):
+    """A generator is guarded until its first item: retried before it, never after."""
+    policy = Policy("x", [RetryStrategy(3, 0.0), CircuitBreaker("x"), Timeout(1)])
+    runs = []
+
+    @policy
+    def items():
+        runs.append(1)
+        if len(runs) < 3:
+            clock.sleep(2)
+        yield 1
+        clock.sleep(100)  # the time-out is over with the first item
+        yield 2
+
+    assert list(items()) == [1, 2]
+    assert len(runs) == 3
+    assert list(policy.call(lambda: iter(()))) == []
+
+
+def test_virtual_overrun_is_told(clock):
+    """Work that could not be cut off is counted, and its result is given."""
+    seen = []
+
+    def listen(_sender, event):
+        seen.append(event.decision.value)
+
+    with policy_decided.connected_to(listen):
+        assert Timeout(1).call(lambda: clock.advance(3)) is None
+    assert seen == ["overrun"]
+
+
+def test_scripted_faults_refuse_nonsense():
+    """A script that cannot be meant is refused with its value."""
+    policy = Policy("x", [Timeout(1)])
+    with pytest.raises(ValueError, match="number 1, got 0"), faults(policy, {0: 1.0}):
+        pass
+    with pytest.raises(ValueError, match="got 'x'"), faults(policy, {1: "x"}):
+        pass
+    assert policy.call(lambda: 3) == 3
+
+
+def test_virtual_clock_is_put_back():
+    """The system's clock is there again after the block, also after an exception."""
+    before = SYSTEM.now, SYSTEM.sleep
+    with pytest.raises(KeyError), virtual_clock():
+        raise KeyError
+    assert (SYSTEM.now, SYSTEM.sleep) == before
+    assert not SYSTEM.is_virtual
+
+
+def test_seed_repeats():
+    """The same seed draws the same waits."""
+    ends = []
+    for _ in range(2):
+        with virtual_clock(seed=5) as clock:
+            policy = Policy("x", [RetryStrategy(3)])
+            with faults(policy, {1: NetworkError(), 2: NetworkError()}):
+                policy.call(lambda: 1)
+            ends.append(clock.now)
+    assert ends[0] == ends[1] != 1_000
