@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 from flask import Flask
 
-from flask_muset import ErrorHandler
+from flask_muset import ErrorHandler, Resilience
+from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
 from muset.adapters.documents import SqliteDocumentStore
 from muset.adapters.keys import SqliteKeyStore
-from muset.adapters.sqlite import Database
-from muset.blueprints import admin, ask, documents, health, openapi
+from muset.adapters.sqlite import Database, is_outage
+from muset.blueprints import admin, ask, auth, documents, health, openapi
 from muset.ports import Probe
 from muset.providers.extractive import ExtractiveProvider
 from muset.services.ask import AskService
@@ -32,16 +33,41 @@ class Services:
     probes: Sequence[Probe]
 
 
-def make_services(settings: Settings) -> Services:
-    """Wire the adapters into the services; nothing is opened yet."""
-    database = Database(settings.database_url)
+def make_services(settings: Settings, resilience: Resilience) -> Services:
+    """Wire the adapters into the services, each under its policy; nothing is opened yet."""
+    database = Database(settings.database_url, _database_policy(resilience))
     store = SqliteDocumentStore(database)
+    provider = ExtractiveProvider()
     return Services(
         database=database,
         keys=KeyService(SqliteKeyStore(database)),
         documents=DocumentService(store, settings.max_document_bytes),
-        ask=AskService(store, ExtractiveProvider(), time.monotonic),
+        ask=AskService(store, provider, resilience.policy(provider.name), time.monotonic),
         probes=(database,),
+    )
+
+
+def _database_policy(resilience: Resilience) -> Policy:
+    """Wait for locks in short steps, and stop asking a database that is away.
+
+    What the database refuses for any other reason is the statement's fault: tried again it would be
+    refused again, and it says nothing about the next one.
+    """
+    return resilience.policy(
+        "database",
+        RetryStrategy(
+            max_retries=10,
+            initial_delay=0.05,
+            max_delay=0.5,
+            retry_on=is_outage,
+            budget=RetryBudget(ratio=0.2, floor=5.0),
+        ),
+        CircuitBreaker(
+            "database",
+            failure_threshold=50,
+            recovery_timeout=5.0,
+            ignore=lambda error: not is_outage(error),
+        ),
     )
 
 
@@ -60,8 +86,11 @@ def create_app(settings: Settings | None = None) -> Flask:
     # JSON may write a character of two bytes as an escape of six.
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
     app.config["MAX_FORM_PARTS"] = 16
+    app.config.update(settings.resilience)
     ErrorHandler(app)
-    app.extensions["muset"] = make_services(settings)
+    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
+    app.extensions["muset"] = make_services(settings, resilience)
+    resilience.init_app(app)
     for blueprint in (
         documents.blueprint,
         ask.blueprint,

@@ -17,6 +17,7 @@ from typing import Any
 import click
 from sqlalchemy.exc import SQLAlchemyError
 
+from flask_muset import Resilience
 from flask_muset.errors import MusetError
 from muset import __version__, migrations
 from muset.app import Services, make_services
@@ -66,7 +67,7 @@ def main() -> None:
 def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    services = make_services(settings)
+    services = make_services(settings, Resilience())
     services.database.write(migrations.upgrade)
     return services
 

@@ -3,11 +3,11 @@
 Services are written against these names alone; `muset.app` hands the adapters in.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Role(StrEnum):
@@ -167,6 +167,14 @@ class Provider(Protocol):
         ...
 
 
+class CallPolicy(Protocol):
+    """What guards the calls of a dependency."""
+
+    def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call the function as the policy says."""
+        ...
+
+
 class KeyStore(Protocol):
     """Keys and the users they belong to."""
 
@@ -231,9 +239,15 @@ class DocumentStore(Protocol):
 
 
 class Probe(Protocol):
-    """Whether a dependency answers."""
+    """Whether a dependency answers.
+
+    Attributes:
+        name: For people.
+        is_needed: Whether nothing works without it; else the service is degraded.
+    """
 
     name: str
+    is_needed: bool
 
     def check(self, timeout_s: float) -> None:
         """Return if it answers in time, else raise."""

@@ -128,57 +128,47 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "METRICS_PORT", 9090, _integer(0, 65535), "Port of the metrics, 0 for none.", used=False
     ),
-    Setting(
-        "REQUEST_TIMEOUT", 30.0, _seconds(0.1, 3600), "Deadline of a request, seconds.", used=False
-    ),
+    Setting("REQUEST_TIMEOUT", 30.0, _seconds(0.1, 3600), "Deadline of a request, seconds."),
     Setting(
         "MAX_CONCURRENT_REQUESTS",
         100,
         _integer(1, 100_000),
         "Requests at once in one worker process.",
-        used=False,
     ),
     Setting(
         "RATE_LIMIT_REQUESTS_PER_MINUTE",
         60,
         _integer(0, 1_000_000),
         "Requests a minute of one key, 0 for no limit.",
-        used=False,
     ),
-    Setting("ENABLE_CIRCUIT_BREAKER", True, _boolean, "Whether breakers may open.", used=False),
+    Setting("ENABLE_CIRCUIT_BREAKER", True, _boolean, "Whether breakers may open."),
     Setting(
         "CIRCUIT_BREAKER_THRESHOLD",
         5,
         _integer(1, 10_000),
         "Failures in a row that open a breaker.",
-        used=False,
     ),
     Setting(
         "CIRCUIT_BREAKER_TIMEOUT",
         60.0,
         _seconds(0.1, 86_400),
         "Seconds that a breaker stays open.",
-        used=False,
     ),
-    Setting("MAX_RETRIES", 3, _integer(0, 100), "Retries after the first call.", used=False),
-    Setting(
-        "RETRY_INITIAL_DELAY", 1.0, _seconds(0, 3600), "First wait at most, seconds.", used=False
-    ),
-    Setting("RETRY_MAX_DELAY", 60.0, _seconds(0, 3600), "Any wait at most, seconds.", used=False),
+    Setting("MAX_RETRIES", 3, _integer(0, 100), "Retries after the first call."),
+    Setting("RETRY_INITIAL_DELAY", 1.0, _seconds(0, 3600), "First wait at most, seconds."),
+    Setting("RETRY_MAX_DELAY", 60.0, _seconds(0, 3600), "Any wait at most, seconds."),
     Setting(
         "REDIS_URL",
         None,
         _url("redis", "rediss", "unix"),
         "Redis for many workers; unset means embedded.",
         secret=True,
-        used=False,
     ),
     Setting(
         "REDIS_MAX_CONNECTIONS",
         10,
         _integer(1, 10_000),
         "Connections to Redis of one worker process.",
-        used=False,
     ),
     Setting("MUSET_HOST", "127.0.0.1", _text, "Address that the service listens on."),
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
@@ -256,6 +246,33 @@ class Settings:
         return key
 
     @property
+    def resilience(self) -> dict[str, Any]:
+        """The configuration of the Resilience extension."""
+        names = (
+            "REQUEST_TIMEOUT",
+            "MAX_CONCURRENT_REQUESTS",
+            "RATE_LIMIT_REQUESTS_PER_MINUTE",
+            "ENABLE_CIRCUIT_BREAKER",
+            "CIRCUIT_BREAKER_THRESHOLD",
+            "CIRCUIT_BREAKER_TIMEOUT",
+            "MAX_RETRIES",
+            "RETRY_INITIAL_DELAY",
+            "RETRY_MAX_DELAY",
+        )
+        return {f"RESILIENCE_{name}": self.values[name] for name in names}
+
+    @property
+    def redis_url(self) -> str | None:
+        """URL of Redis, None for the embedded default."""
+        url: str | None = self.values["REDIS_URL"]
+        return url
+
+    @property
+    def redis_max_connections(self) -> int:
+        """Connections to Redis of one worker process."""
+        return int(self.values["REDIS_MAX_CONNECTIONS"])
+
+    @property
     def max_document_bytes(self) -> int:
         """Size of a document at most, in bytes of UTF-8."""
         return int(self.values["MUSET_MAX_DOCUMENT_BYTES"])
@@ -308,6 +325,11 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
         except ValueError as expected:
             got = HIDDEN if setting.secret else repr(text)
             problems.append(f"{setting.name} must be {expected}, got {got}.")
+    if not problems and values["RETRY_MAX_DELAY"] < values["RETRY_INITIAL_DELAY"]:
+        problems.append(
+            f"RETRY_MAX_DELAY must be at least RETRY_INITIAL_DELAY "
+            f"({values['RETRY_INITIAL_DELAY']:g}), got {values['RETRY_MAX_DELAY']:g}."
+        )
     if problems:
         raise SettingsError("\n".join(problems))
     return Settings(values, sources)

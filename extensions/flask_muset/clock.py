@@ -4,6 +4,7 @@ Algorithms ask a `Clock` that they are given; without one they take `SYSTEM`, wh
 `flask_muset.testing.virtual_clock` turns into a virtual one for a while.
 """
 
+import os
 import random
 import time
 from collections.abc import Callable
@@ -14,6 +15,12 @@ __all__ = ["SYSTEM", "Clock"]
 def _sleep(seconds: float) -> None:
     # Looked up at each call: gevent may have replaced it after this module was imported.
     time.sleep(seconds)
+
+
+#: A generator of our own, seeded by the system, so that no caller's seed makes all processes wait
+#: alike; a forked worker must not go on with its parent's draws.
+_random = random.Random()  # noqa: S311 - waits are no secrets
+os.register_at_fork(after_in_child=_random.seed)
 
 
 class Clock:
@@ -42,9 +49,7 @@ class Clock:
         self.now_ns = now_ns
         self.wall = wall
         self.sleep = sleep
-        # A generator of our own, seeded by the system, so that no caller's seed makes all
-        # processes wait alike.
-        self.uniform = random.SystemRandom().uniform if uniform is None else uniform
+        self.uniform = _random.uniform if uniform is None else uniform
         self.is_virtual = False
 
 

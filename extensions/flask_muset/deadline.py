@@ -82,7 +82,7 @@ class Scope:
             timers.start(self)
 
     def leave(self) -> bool:
-        """End; whether it ended too late without having been cut off."""
+        """End; whether the time was up."""
         token = self._token
         if token is None:
             return False
@@ -91,7 +91,7 @@ class Scope:
         if self._timers is not None:
             self._timers.stop()
             self._timers = None
-        return self.expired is None and SYSTEM.now() > self.at + _TOLERANCE_S
+        return SYSTEM.now() > self.at + _TOLERANCE_S
 
     @property
     def is_running(self) -> bool:
@@ -199,12 +199,13 @@ class _Timers:
 
 
 class _Block:
-    """`with deadline(seconds)`."""
+    """`with deadline(seconds)`; `async with` where asyncio runs."""
 
-    __slots__ = ("_scope",)
+    __slots__ = ("_cut", "_scope")
 
     def __init__(self, scope: Scope) -> None:
         self._scope = scope
+        self._cut: Any = None
 
     def __enter__(self) -> Scope:
         self._scope.enter()
@@ -219,6 +220,31 @@ class _Block:
         self._scope.leave()
         if self._scope.cut(error):
             raise self._scope.error() from error
+
+    async def __aenter__(self) -> Scope:
+        import asyncio  # only where it runs already
+
+        left = deadline.remaining()
+        seconds = self._scope.seconds if left is None else min(left, self._scope.seconds)
+        self._cut = asyncio.timeout(None if SYSTEM.is_virtual else seconds)
+        await self._cut.__aenter__()
+        return self.__enter__()
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope = self._scope
+        scope.leave()
+        try:
+            await self._cut.__aexit__(kind, error, traceback)
+        except TimeoutError:
+            scope.expire()
+            raise scope.error() from error
+        if scope.cut(error):
+            raise scope.error() from error
 
 
 class _Deadline:

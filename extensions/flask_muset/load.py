@@ -6,12 +6,13 @@ once, so whoever counts running views alone never refuses anything while the lin
 Under other workers the request is counted when the app gets it.
 """
 
+from collections.abc import Iterable
 from contextvars import ContextVar
 from enum import Enum
 
 from flask_muset.locks import give_lock
 
-__all__ = ["GATE", "Gate", "Verdict", "arrived"]
+__all__ = ["GATE", "Gate", "Paths", "Verdict", "arrived"]
 
 #: The key of an app's gate in `app.extensions`.
 GATE = "flask_muset.gate"
@@ -29,16 +30,31 @@ class Verdict(Enum):
 arrived: ContextVar[Verdict | None] = ContextVar("flask_muset.arrived", default=None)
 
 
+class Paths:
+    """Paths and all that is below them.
+
+    Args:
+        paths: Such as `/health`, which holds for `/health/live` and not for `/healthy`.
+    """
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._whole = frozenset(paths)
+        self._below = tuple(path.rstrip("/") + "/" for path in self._whole)
+
+    def __contains__(self, path: str) -> bool:
+        return path in self._whole or path.startswith(self._below)
+
+
 class Gate:
     """Admits at most `limit` requests at once.
 
     Args:
         limit: At least 1.
-        exempt: Beginnings of paths that are always admitted and not counted.
+        exempt: What is always admitted and not counted.
         refuses: False admits all and counts them.
     """
 
-    def __init__(self, limit: int, exempt: tuple[str, ...], *, refuses: bool) -> None:
+    def __init__(self, limit: int, exempt: Paths, *, refuses: bool) -> None:
         self.limit = limit
         self.in_flight = 0
         self._exempt = exempt
@@ -49,7 +65,7 @@ class Gate:
 
     def arrive(self, path: str) -> Verdict:
         """A request has come; one that is admitted must depart."""
-        if path.startswith(self._exempt):
+        if path in self._exempt:
             return Verdict.EXEMPT
         with self._lock:  # type: ignore[attr-defined]
             if self._refuses and self.in_flight >= self.limit:

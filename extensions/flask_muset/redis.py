@@ -17,15 +17,17 @@ What a caller gets, all of `flask_muset.errors`, redis-py's exception as the cau
     CircuitOpenError       the link is in doubt or down; nothing was sent
     OperationTimeoutError  no reply in time; it may have been carried out
     NetworkError           no connection, or it broke; it may have been carried out
-    ExternalServiceError   Redis answered with an error; the link stays up. `unavailable` where Redis
-                           loads its data or refuses the credentials, which count as failures of the
-                           link, and where a replica or a cluster is down, which does not: PING
-                           would be answered there
+    ExternalServiceError   Redis answered with an error; the link stays up
+
+An error that says that Redis loads its data or refuses the credentials is a failure of the link.
+One that says that a master or a cluster is down is not, as PING would be answered; both are
+`unavailable`.
 
 The commands go to redis-py's `Connection`, because its client costs as much again. Nothing is ever
 sent twice, flushed or unpickled. Needs the extra `redis`.
 """
 
+import _socket
 import contextvars
 import hashlib
 import logging
@@ -148,8 +150,9 @@ class GuardedRedis:
         self.max_connections = max_connections
         self.budget_s = budget_s
         self.prefix = prefix
-        self._class, self._options = _read_url(url)
-        self._pack = self._connection(None)
+        self._make = _maker(url)
+        #: Never connected: it packs commands and describes itself.
+        self._model = self._make()
         self._link: _Link | None = None
         self._inherited: _Link | None = None
         give_lock(self)
@@ -158,7 +161,7 @@ class GuardedRedis:
     _lock: Any
 
     def __repr__(self) -> str:
-        where = ",".join(f"{key}={value}" for key, value in self._pack.repr_pieces())
+        where = ",".join(f"{key}={value}" for key, value in self._model.repr_pieces())
         return f"<GuardedRedis {self.name!r} {where} {self.state}>"
 
     @property
@@ -167,12 +170,18 @@ class GuardedRedis:
         link = self._link
         return _UP if link is None else link.state
 
+    @property
+    def in_use(self) -> int:
+        """Connections in use, of `max_connections`."""
+        link = self._link
+        return 0 if link is None else link.pool.in_use
+
     def key(self, name: str) -> str:
         """The key of this deployment."""
         return self.prefix + name
 
     def execute(self, *command: Any) -> Any:
-        """Send one command.
+        """Send one command; one that blocks in Redis needs a `dedicated` connection.
 
         Args:
             *command: Its words: str, bytes, int or float.
@@ -184,7 +193,7 @@ class GuardedRedis:
             MusetError: It failed; see the head of this module.
             redis.exceptions.DataError: A word has another type.
         """
-        return self._call(self._pack.pack_command(*command), _Call.read, self.budget_s)
+        return self._call(self._model.pack_command(*command), _Call.read, self.budget_s)
 
     def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Send commands at once, without a transaction.
@@ -207,7 +216,7 @@ class GuardedRedis:
         def read_all(call: "_Call") -> list[Any]:
             return [self._reply_or_error(call) for _ in range(count)]
 
-        return self._call(self._pack.pack_commands(commands), read_all, self.budget_s)  # type: ignore[no-any-return]
+        return self._call(self._model.pack_commands(commands), read_all, self.budget_s)  # type: ignore[no-any-return]
 
     def script(
         self, script: Script | str, keys: Sequence[str | bytes], args: Sequence[Any] = ()
@@ -228,7 +237,7 @@ class GuardedRedis:
         """
         if isinstance(script, str):
             script = Script(script)
-        source, pack, words = script.source, self._pack.pack_command, (len(keys), *keys, *args)
+        source, pack, words = script.source, self._model.pack_command, (len(keys), *keys, *args)
 
         def read(call: _Call) -> Any:
             try:
@@ -248,7 +257,7 @@ class GuardedRedis:
         Raises:
             MusetError: It does not answer, or it is known to be away.
         """
-        self._call(self._pack.pack_command("PING"), _Call.read, timeout_s)
+        self._call(self._model.pack_command("PING"), _Call.read, timeout_s)
 
     def dedicated(self) -> Any:
         """Make a connection of the caller's own, for pub/sub or for reading a stream.
@@ -259,7 +268,7 @@ class GuardedRedis:
         Returns:
             A `redis.connection.Connection`; whoever asked for it disconnects it.
         """
-        return self._connection(None, connect_s=_DEDICATED_CONNECT_S)
+        return self._make(socket_timeout=None, socket_connect_timeout=_DEDICATED_CONNECT_S)
 
     def close(self) -> None:
         """Close all connections and stop probing; the next call begins anew."""
@@ -280,17 +289,11 @@ class GuardedRedis:
             answer.__cause__ = error
             return answer
 
-    def _connection(self, limit_s: float | None, connect_s: float | None = None) -> Any:
-        return self._class(
-            **self._options, socket_timeout=limit_s, socket_connect_timeout=connect_s or limit_s
-        )
-
     def _begin(self) -> "_Link":
         self._inherited = None
         with self._lock:
             if self._link is None:
-                make = partial(self._connection, self.budget_s)
-                self._link = _Link(self.name, self.budget_s, self.max_connections, make)
+                self._link = _Link(self.name, self.budget_s, self.max_connections, self._make)
             return self._link
 
     def _forked(self) -> None:
@@ -311,9 +314,10 @@ def _begin_anew() -> None:
 os.register_at_fork(after_in_child=_begin_anew)
 
 
-def _read_url(url: str) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _maker(url: str) -> Callable[..., Any]:
+    """What makes connections to a URL."""
     try:
-        found = dict(parse_url(url))
+        found = dict(parse_url(url))  # type: ignore[no-untyped-call]
     except ValueError:
         # Neither the URL nor the parser's words about it: both may have the password.
         raise ValueError(
@@ -323,7 +327,12 @@ def _read_url(url: str) -> tuple[Callable[..., Any], dict[str, Any]]:
     options = {name: value for name, value in found.items() if name not in _OURS}
     # RESP2: nothing comes unasked. No driver_info: it costs each new connection two round trips.
     options.update(protocol=2, driver_info=None, decode_responses=False)
-    return options.pop("connection_class", Connection), options
+    make = partial(options.pop("connection_class", Connection), **options)
+    try:
+        make()
+    except TypeError as error:
+        raise ValueError(f"the URL of Redis has an option that nobody knows: {error}.") from None
+    return make
 
 
 def _error_of(name: str, error: BaseException) -> MusetError:
@@ -369,7 +378,7 @@ class _Slot:
         connection.socket_timeout = connection.socket_connect_timeout = limit_s
         connection.connect()
         self._is_limited = limit_s is not None
-        poll = _original("select", "poll", select)()
+        poll = _original("select", "poll")()
         poll.register(connection._sock, select.POLLIN)
         self._poll = poll.poll
 
@@ -393,14 +402,15 @@ class _Slot:
         """Leave the socket to the parent process.
 
         gevent's greenlets live on in a forked child, and one may be waiting for this very socket,
-        whose reply is the parent's. So its number is given to a pipe that nobody writes to.
+        whose reply is the parent's. So its number is given to another one, which is at its end.
         """
         sock = self.connection._sock
         if sock is not None and sock.fileno() >= 0:
-            reader, writer = os.pipe()
-            os.dup2(reader, sock.fileno(), inheritable=False)
-            os.close(reader)
-            os.close(writer)
+            # Of the module below `socket`, which gevent does not patch: its hub is not ready yet.
+            ended, other = _socket.socketpair()
+            os.dup2(ended.fileno(), sock.fileno(), inheritable=False)
+            ended.close()
+            other.close()
 
 
 class _Call:
@@ -410,14 +420,16 @@ class _Call:
     of the caller's ends first, sockets and events wait no longer than is left.
     """
 
-    __slots__ = ("_is_over", "_scope", "_taken_at", "at", "caller", "seconds", "sent_at", "slot")
+    __slots__ = (
+        "_is_over", "_scope", "_taken_at", "at", "began_at", "caller", "seconds", "sent_at", "slot"
+    )  # fmt: skip
 
     slot: _Slot
 
     def __init__(self, seconds: float, *, can_cut: bool) -> None:
         self.seconds = seconds
-        self._taken_at = SYSTEM.now()
-        self.at = self._taken_at + seconds
+        self.began_at = self._taken_at = SYSTEM.now()
+        self.at = self.began_at + seconds
         self.sent_at: float | None = None
         self.caller: Scope | None = None
         self._scope: Scope | None = None
@@ -540,9 +552,9 @@ class _Pool:
     _lock: Any
 
     @property
-    def free(self) -> int:
-        """Calls that may begin without waiting."""
-        return len(self._idle) + self._limit - len(self.slots)
+    def in_use(self) -> int:
+        """Connections that calls have now."""
+        return len(self.slots) - len(self._idle)
 
     def take_free(self) -> _Slot | None:
         """Take a connection, None if all are in use."""
@@ -646,11 +658,12 @@ class _Link:
         make_event = _gevent_event if self._is_patched else threading.Event
         self.pool = _Pool(max_connections, make, make_event)
         self._closed = make_event()
-        self._get_ident = _original("_thread", "get_ident", threading)
+        self._get_ident = _original("_thread", "get_ident")
         self._thread = self._get_ident() if self._is_patched else None
         #: Goes up with the link: a call that began before says nothing about the new time.
         self._epoch = 0
         self._slow_in_a_row = 0
+        self._slow_at = -math.inf
         self._prober: object = None
         self._probing: _Slot | None = None
         self._due = math.inf
@@ -698,6 +711,8 @@ class _Link:
             if slot is None:
                 raise self._refusal()
             try:
+                if waited and self.state != _UP:
+                    raise self._refusal()
                 return _exchange(call, slot, packed, read, waited=waited)
             finally:
                 pool.give(slot)
@@ -711,8 +726,7 @@ class _Link:
                 return call.caller.error()
             if call.was_kept_waiting:
                 return OverloadedError(f"{self.name}: a connection became free too late")
-            if call.was_slow_itself and self._slow_in_a_row < _BENEFITS_OF_DOUBT:
-                self._slow_in_a_row += 1
+            if call.was_slow_itself and self._may_be_our_fault(call):
                 return OperationTimeoutError(f"{self.name}: this process was too busy to ask")
             failure: MusetError = OperationTimeoutError(
                 f"{self.name}: no answer within {call.seconds:g} s"
@@ -721,6 +735,13 @@ class _Link:
             failure = _error_of(self.name, error)
         self._doubt(epoch, failure.message)
         return failure
+
+    def _may_be_our_fault(self, call: _Call) -> bool:
+        """Whether to believe once more that this process was too slow; one pause counts once."""
+        if call.began_at > self._slow_at:
+            self._slow_at = SYSTEM.now()
+            self._slow_in_a_row += 1
+        return self._slow_in_a_row <= _BENEFITS_OF_DOUBT
 
     # --- Its state
 
@@ -762,9 +783,10 @@ class _Link:
                 prober = self._prober = object()
             self._start(prober)
         wait_s = max(0.0, self._due - now) + self._budget_s
-        return CircuitOpenError(
+        error: CircuitOpenError = CircuitOpenError(
             f"{self.name}: not asked, the link is {self.state}", retry_after=wait_s
         )
+        return error
 
     def close(self) -> None:
         """Disconnect and stop probing."""
@@ -846,10 +868,13 @@ def _is_patched(module: str) -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
-def _original(module: str, name: str, fallback: Any) -> Any:
+def _original(module: str, name: str) -> Callable[..., Any]:
     """The operating system's, patched or not."""
     monkey = sys.modules.get("gevent.monkey")
-    return getattr(fallback, name) if monkey is None else monkey.get_original(module, name)
+    found: Callable[..., Any] = (
+        getattr(sys.modules[module], name) if monkey is None else monkey.get_original(module, name)
+    )
+    return found
 
 
 def _gevent_event() -> Any:

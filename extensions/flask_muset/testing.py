@@ -13,6 +13,7 @@ from typing import Any
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
+from flask_muset.resilience.guards import current_outcome
 from flask_muset.resilience.policy import Policy
 
 __all__ = ["Faults", "VirtualClock", "faults", "virtual_clock"]
@@ -101,6 +102,9 @@ class Faults:
         if isinstance(fault, int | float):
             SYSTEM.sleep(fault)
         elif fault is not None:
+            outcome = current_outcome.get()
+            if outcome is not None:
+                outcome.attempts += 1  # the function itself, which counts, is not called
             raise fault
 
     def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

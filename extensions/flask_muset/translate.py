@@ -72,6 +72,10 @@ def translate(exception: BaseException, own: Mapping[type, Translation]) -> Muse
     """
     if isinstance(exception, MusetError):
         return exception
+    # An HTTP client's own exception that stands for a refusal or a time-out of ours.
+    ended = getattr(exception, "muset_error", None)
+    if isinstance(ended, MusetError):
+        return ended
     if own:
         for cls in type(exception).__mro__:
             if cls in own:
@@ -368,6 +372,7 @@ _KNOWN: Mapping[str, Translation] = {
     "httpx.ProxyError": _NETWORK,
     "httpx.HTTPStatusError": _upstream,
     "httpx.UnsupportedProtocol": ErrorCategory.INTERNAL,
+    "httpx.LocalProtocolError": ErrorCategory.INTERNAL,
     "httpx.HTTPError": _EXTERNAL,
     "requests.exceptions.Timeout": _TIMEOUT,
     "requests.exceptions.ConnectionError": _NETWORK,
@@ -375,6 +380,7 @@ _KNOWN: Mapping[str, Translation] = {
     "requests.exceptions.MissingSchema": ErrorCategory.INTERNAL,
     "requests.exceptions.InvalidSchema": ErrorCategory.INTERNAL,
     "requests.exceptions.InvalidURL": ErrorCategory.INTERNAL,
+    "requests.exceptions.InvalidHeader": ErrorCategory.INTERNAL,
     "requests.exceptions.RequestException": _EXTERNAL,
     "urllib3.exceptions.MaxRetryError": _max_retries,
     "urllib3.exceptions.NewConnectionError": _NETWORK,

@@ -2,27 +2,35 @@
 
 gevent tries a read before it waits. A kept connection whose next request is in the socket's buffer
 already therefore goes from one request to the next without ever giving the hub a turn, as long as
-its client is quick; new connections and all others wait. One turn of the hub for each request cures
-that: the greenlet queues behind every other that is ready, and the hub polls the sockets, the
-listening one too, between two rounds. Requests are then served in the order in which they arrived.
-The turn is taken after the head of the request is read and before the application runs.
+its client is quick; new connections and all others wait. Here every request waits in one line once
+its head is read. The hub serves the line for a few milliseconds, or one request if that takes
+longer, and then looks at all sockets, the listening one too, before it goes on. Requests are thus
+served in the order in which they arrived, and what has come meanwhile is known between any two of
+them: a request that is to be refused, or a health probe, need not wait behind those that compute.
 
     worker_class = "flask_muset.worker.FairGeventWorker"
 
 Needs the extra `worker`.
 """
 
+import contextlib
 import signal
+import time
+from collections import deque
+from functools import cached_property
 from types import FrameType
 from typing import Any
 
 import gevent
+from gevent.hub import Waiter
 from gunicorn.workers.ggevent import GeventWorker
 
 from flask_muset import load
 
 __all__ = ["FairGeventWorker", "draining"]
 
+#: How long the line is served between two looks at the sockets, in seconds.
+_TURN_S = 0.005
 _draining = False
 
 
@@ -38,26 +46,30 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._idle: dict[Any, gevent.Greenlet] = {}
 
+    @cached_property
+    def _line(self) -> "_Line":
+        return _Line(gevent.get_hub())  # of the worker, not of the master that made this object
+
     def init_signals(self) -> None:
         """Ctrl-C reaches the whole process group; what it means is for the master to say."""
         super().init_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
-        """Give every other ready greenlet its turn, then serve.
+        """Wait in line, then serve.
 
-        A request that the app's gate refuses is answered at once: it has nothing to wait for, and
-        in the line it would keep its place from one that can be served.
+        What the app's gate refuses or lets through uncounted is answered at once. The former has
+        nothing to wait for, and in the line it would keep its place from one that can be served.
         """
         gate: load.Gate | None = getattr(self.wsgi, "extensions", {}).get(load.GATE)
         if gate is None:
-            gevent.sleep(0)
+            self._line.wait()
             return super().handle_request(listener_name, req, sock, addr)
         verdict = gate.arrive(req.path)
         load.arrived.set(verdict)
         try:
-            if verdict is not load.Verdict.REFUSED:
-                gevent.sleep(0)
+            if verdict is load.Verdict.ADMITTED:
+                self._line.wait()
             return super().handle_request(listener_name, req, sock, addr)
         finally:
             load.arrived.set(None)
@@ -84,6 +96,45 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         greenlet = self._idle.get(waiting)
         if greenlet is not None:
             greenlet.throw(waiting)
+
+
+class _Line:
+    """Requests that wait for their turn, the oldest first.
+
+    The hub runs callbacks in groups of 50 between two looks at the sockets, which is a second if
+    each computes for 20 ms. A timer without a time runs once between two looks, so it is what
+    serves the line.
+    """
+
+    def __init__(self, hub: Any) -> None:
+        self._hub = hub
+        self._waiting: deque[Waiter] = deque()
+        self._timer = hub.loop.timer(0.0)
+
+    def wait(self) -> None:
+        """Return when it is this greenlet's turn."""
+        waiter = Waiter(self._hub)
+        self._waiting.append(waiter)
+        if not self._timer.active:
+            self._timer.start(self._serve)
+        try:
+            waiter.get()
+        except BaseException:  # cut off while it waits
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(waiter)
+            raise
+
+    def _serve(self) -> None:
+        """Runs in the hub."""
+        end = time.monotonic() + _TURN_S
+        while self._waiting:
+            self._waiting.popleft().switch(None)
+            if time.monotonic() >= end:
+                break
+        # A timer is still active in its own callback, and must be stopped to be started anew.
+        self._timer.stop()
+        if self._waiting:
+            self._timer.start(self._serve)
 
 
 class _Waiting(gevent.Timeout):  # type: ignore[misc]

@@ -15,20 +15,36 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.pool import QueuePool
 
-__all__ = ["Database"]
+from flask_muset.deadline import deadline
+from flask_muset.errors import DatabaseError
+from flask_muset.translate import translate
+from muset.ports import CallPolicy
+
+__all__ = ["Database", "is_outage"]
 
 T = TypeVar("T")
 
 _CONNECTIONS = 8
 _POOL_WAIT_S = 5.0
-_BUSY_TIMEOUT_MS = 5_000
+#: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
+#: the longer waits are the policy's, where waiting takes nothing from anybody.
+_BUSY_TIMEOUT_MS = 250
 
 
-def _run_direct(work: Callable[[], T]) -> T:
+def is_outage(error: BaseException) -> bool:
+    """Whether the database could not be used just now, locked, full of work or away."""
+    known = translate(error, {})
+    return isinstance(known, DatabaseError) and known.unavailable
+
+
+Run = Callable[[Callable[[], Any], Callable[[], None]], Any]
+
+
+def _run_direct(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
     return work()
 
 
-def _runner() -> Callable[[Callable[[], Any]], Any]:
+def _runner() -> Run:
     """How work that blocks is run in this process."""
     try:
         from gevent import get_hub, monkey
@@ -37,13 +53,14 @@ def _runner() -> Callable[[Callable[[], Any]], Any]:
     if not monkey.is_module_patched("threading"):
         return _run_direct
 
-    def run(work: Callable[[], T]) -> T:
+    def run(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
         task = get_hub().threadpool.spawn(_outcome, work)
         try:
             kind, value = task.get()
         except BaseException:
-            # Cut off by a timeout: the thread still uses the connection, so wait for its end
-            # before somebody else may have it.
+            # Cut off by a timeout: the thread still uses the connection, so end its statement and
+            # wait for that before somebody else may have it.
+            interrupt()
             _wait_for_end(task)
             raise
         if kind:
@@ -54,7 +71,7 @@ def _runner() -> Callable[[Callable[[], Any]], Any]:
 
 
 def _wait_for_end(task: Any) -> None:
-    """Wait without an end of our own; a statement lasts at most its busy time-out and its work."""
+    """Wait without an end of our own; an interrupted statement ends at its next step."""
     while not task.ready():
         try:
             task.wait()
@@ -91,15 +108,18 @@ class Database:
 
     Args:
         url: `sqlite:///<path>`.
+        policy: Guards each unit of work; one that failed has changed nothing and may be repeated.
     """
 
     name = "database"
+    is_needed = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, policy: CallPolicy) -> None:
         self._url = url
+        self._policy = policy
         self._pid = 0
         self._engine: Engine | None = None
-        self._run: Callable[[Callable[[], Any]], Any] = _run_direct
+        self._run: Run = _run_direct
         self._write_lock = threading.Lock()
 
     def _open(self) -> Engine:
@@ -120,7 +140,8 @@ class Database:
 
     def read(self, work: Callable[[Connection], T]) -> T:
         """Run `work` on one consistent view of the data."""
-        return self._transaction(work, "BEGIN")
+        result: T = self._policy.call(self._transaction, work, "BEGIN")
+        return result
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own, kept whole or not at all.
@@ -128,6 +149,10 @@ class Database:
         SQLite has one writer at a time; those of this process wait for each other here, where
         waiting blocks nobody else, those of other processes in its busy time-out.
         """
+        result: T = self._policy.call(self._write, work)
+        return result
+
+    def _write(self, work: Callable[[Connection], T]) -> T:
         self._open()
         with self._write_lock:
             # Locking at the start: a read that turns into a write later may fail at once.
@@ -135,6 +160,7 @@ class Database:
 
     def _transaction(self, work: Callable[[Connection], T], begin: str) -> T:
         engine = self._open()
+        deadline.check()
         with engine.connect() as connection:
 
             def unit() -> T:
@@ -147,7 +173,8 @@ class Database:
                 connection.exec_driver_sql("COMMIT")
                 return result
 
-            result: T = self._run(unit)
+            raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+            result: T = self._run(unit, raw.interrupt)
             return result
 
     def check(self, timeout_s: float) -> None:
@@ -158,11 +185,14 @@ class Database:
         """
         self._open()
         if self._run is _run_direct:
-            self.read(lambda connection: connection.execute(text("SELECT 1")).scalar_one())
+            self._transaction(lambda c: c.execute(text("SELECT 1")).scalar_one(), "BEGIN")
             return
         import gevent
 
-        probe = gevent.spawn(self.read, lambda c: c.execute(text("SELECT 1")).scalar_one())
+        # Without the policy: a probe is one attempt, and asks an open breaker's database too.
+        probe = gevent.spawn(
+            self._transaction, lambda c: c.execute(text("SELECT 1")).scalar_one(), "BEGIN"
+        )
         if not probe.ready() and not gevent.wait([probe], timeout=timeout_s):
             raise TimeoutError(f"the database did not answer within {timeout_s} s")
         probe.get()

@@ -1,13 +1,17 @@
-"""What operators read."""
+"""What operators read and change."""
+
+from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
 from spectree import Response as Described
 
+from flask_muset.context import request_id
 from flask_muset.error_handler import recent_errors
-from flask_muset.errors import NotFoundError
-from muset.blueprints.auth import require_admin
-from muset.blueprints.openapi import spec
-from muset.blueprints.schemas import ErrorList, KeptError
+from flask_muset.errors import ConflictError, NotFoundError
+from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
+from muset.blueprints.auth import principal, require_admin
+from muset.blueprints.openapi import json_body, spec
+from muset.blueprints.schemas import ErrorList, KeptError, PolicyIn, PolicyList, PolicyOut
 
 __all__ = ["blueprint"]
 
@@ -34,3 +38,64 @@ def get_error(fingerprint: str) -> Response:
         resource_type="error",
         details={"fingerprint": fingerprint},
     )
+
+
+@blueprint.get("/policies")
+@spec.validate(resp=Described(HTTP_200=PolicyList), tags=["admin"])
+def list_policies() -> Response:
+    """The policies of the worker process that answers, with the state of their breakers."""
+    names = sorted(policies_of(current_app))
+    return jsonify({"items": [_policy(name) for name in names], "next_cursor": None})
+
+
+@blueprint.post("/policies/<name>")
+@spec.validate(json=PolicyIn, resp=Described(HTTP_200=PolicyOut), tags=["admin"])
+def change_policy(name: str) -> Response:
+    """Force a policy's circuit breaker open or closed, for a while or until told otherwise.
+
+    `auto` closes it and lets it decide for itself again.
+    """
+    breaker = _breaker(name)
+    body: PolicyIn = json_body()
+    if body.mode == "open":
+        breaker.force_open(body.expires_s)
+    elif body.mode == "closed":
+        breaker.force_closed(body.expires_s)
+    else:
+        breaker.reset()
+    who = principal()
+    current_app.logger.warning(
+        "audit: policy %s set to %s%s by user %d with key %d, request %s",
+        name,
+        body.mode,
+        "" if body.expires_s is None else f" for {body.expires_s:g} s",
+        who.user_id,
+        who.key_id,
+        request_id(),
+    )
+    return jsonify(_policy(name))
+
+
+def _policy(name: str) -> dict[str, Any]:
+    parts = policies_of(current_app)[name]
+    breaker = breaker_of(parts)
+    shown = None if breaker is None else breaker.snapshot()
+    return {
+        "name": name,
+        "state": "none" if shown is None else shown["state"],
+        "parts": [part.kind for part in parts],
+        "breaker": shown,
+    }
+
+
+def _breaker(name: str) -> CircuitBreaker:
+    parts = policies_of(current_app).get(name)
+    if parts is None:
+        raise NotFoundError(f"no policy {name!r}", resource_type="policy", details={"name": name})
+    breaker = breaker_of(parts)
+    if breaker is None:
+        raise ConflictError(
+            f"policy {name!r} has no circuit breaker",
+            user_message="This policy has no circuit breaker that could be opened or closed.",
+        )
+    return breaker

@@ -27,18 +27,18 @@ def live() -> Response:
 @spec.validate(resp=Described(HTTP_200=Ready, HTTP_503=Ready), tags=["health"])
 def ready() -> Response:
     """Whether requests should be sent here."""
-    checks, reasons = {}, []
+    checks, reasons, status = {}, [], "ready"
     for probe in current_app.extensions["muset"].probes:
         checks[probe.name] = _state_of(probe)
         if checks[probe.name] != "ok":
             reasons.append(f"the {probe.name} does not answer")
-    status = "unavailable" if reasons else "ready"
+            status = "unavailable" if probe.is_needed or status == "unavailable" else "degraded"
     worker = sys.modules.get("flask_muset.worker")
     if worker is not None and worker.draining():
         status, reasons = "draining", ["the process is stopping"]
     response = jsonify({"status": status, "reasons": reasons, "checks": checks})
-    response.status_code = 200 if status == "ready" else 503
-    if status != "ready":
+    response.status_code = 200 if status in ("ready", "degraded") else 503
+    if response.status_code != 200:
         response.headers["Retry-After"] = "1"
     return response
 

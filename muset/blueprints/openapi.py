@@ -56,13 +56,20 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> dict[str, Er
     found = {"500": ErrorCategory.INTERNAL}
     if path.startswith("/health/"):
         return {}
-    found |= {"401": ErrorCategory.AUTHENTICATION, "503": ErrorCategory.DATABASE}
+    found |= {
+        "401": ErrorCategory.AUTHENTICATION,
+        "429": ErrorCategory.RATE_LIMIT,
+        "503": ErrorCategory.DATABASE,
+        "504": ErrorCategory.TIMEOUT,
+    }
     if "requestBody" in operation:
         found |= dict.fromkeys(("400", "413", "415", "422"), ErrorCategory.VALIDATION)
     if operation.get("parameters"):
         found["422"] = ErrorCategory.VALIDATION
     if "{" in path:
         found["404"] = ErrorCategory.NOT_FOUND
+    if "/admin/policies/" in path:
+        found["409"] = ErrorCategory.CONFLICT
     if "/admin/" in path or method == "delete":  # only its owner and admins may delete a thing
         found["403"] = ErrorCategory.AUTHORIZATION
     return found

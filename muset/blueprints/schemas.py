@@ -17,6 +17,9 @@ __all__ = [
     "KeptError",
     "Live",
     "PageQuery",
+    "PolicyIn",
+    "PolicyList",
+    "PolicyOut",
     "Ready",
 ]
 
@@ -147,6 +150,42 @@ class ErrorList(BaseModel):
     """The newest errors, the one that happened last first."""
 
     items: list[KeptError]
+    next_cursor: None = None
+
+
+class PolicyIn(_In):
+    """What an operator wants of a policy's circuit breaker."""
+
+    mode: Literal["auto", "open", "closed"]
+    expires_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+
+
+class Breaker(BaseModel):
+    """What a circuit breaker knows; rates from 0 to 1, times in seconds."""
+
+    state: Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
+    calls: int
+    failures: int
+    slow_calls: int
+    failure_rate: float
+    slow_call_rate: float
+    opened_at: float | None
+    retry_after: float | None
+
+
+class PolicyOut(BaseModel):
+    """A policy of the worker process that answers; without a breaker its state is `none`."""
+
+    name: str
+    state: Literal["closed", "open", "half_open", "forced_open", "forced_closed", "none"]
+    parts: list[str]
+    breaker: Breaker | None
+
+
+class PolicyList(BaseModel):
+    """All policies."""
+
+    items: list[PolicyOut]
     next_cursor: None = None
 
 

@@ -4,7 +4,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flask_muset.errors import ValidationError
-from muset.ports import AnswerStatus, Citation, DocumentStore, Provider
+from muset.ports import (
+    AnswerStatus,
+    CallPolicy,
+    Citation,
+    DocumentStore,
+    Provider,
+    ProviderAnswer,
+)
 
 __all__ = ["Answer", "AskService", "Attempt"]
 
@@ -13,7 +20,7 @@ UNSURE = "The documents do not say enough about this."
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One call of a provider; times in seconds."""
+    """One call of a provider; times in seconds, the wait is the one before it."""
 
     provider: str
     model: str
@@ -41,14 +48,20 @@ class AskService:
     Args:
         documents: Where passages are found.
         provider: What makes an answer of them.
+        policy: What guards the calls of the provider.
         clock: Seconds that never go back.
     """
 
     def __init__(
-        self, documents: DocumentStore, provider: Provider, clock: Callable[[], float]
+        self,
+        documents: DocumentStore,
+        provider: Provider,
+        policy: CallPolicy,
+        clock: Callable[[], float],
     ) -> None:
         self._documents = documents
         self._provider = provider
+        self._policy = policy
         self._clock = clock
 
     def ask(
@@ -80,14 +93,30 @@ class AskService:
             if missing:
                 raise ValidationError(f"unknown ids {missing}", field="document_ids")
         retrieval = self._documents.search(question, k=k, document_ids=document_ids)
-        began = self._clock()
-        result = self._provider.answer(question, retrieval, model=chosen, max_tokens=max_tokens)
-        attempt = Attempt(self._provider.name, chosen, "success", 0.0, self._clock() - began)
+        attempts: list[Attempt] = []
+        ended = self._clock()
+
+        def attempt() -> ProviderAnswer:
+            nonlocal ended
+            began, outcome = self._clock(), "error"
+            try:
+                answer = self._provider.answer(
+                    question, retrieval, model=chosen, max_tokens=max_tokens
+                )
+                outcome = "success"
+                return answer
+            finally:
+                wait_s, ended = began - ended, self._clock()
+                attempts.append(
+                    Attempt(self._provider.name, chosen, outcome, wait_s, ended - began)
+                )
+
+        result: ProviderAnswer = self._policy.call(attempt)
         return Answer(
             text=result.text or UNSURE,
             status=result.status,
             citations=result.citations,
-            attempts=(attempt,),
+            attempts=tuple(attempts),
             input_tokens=result.input_tokens,
             output_tokens=result.output_tokens,
             model=chosen,

@@ -2,6 +2,7 @@
 
 import pytest
 
+from flask_muset import Resilience
 from muset import migrations
 from muset.app import create_app, make_services
 from muset.ports import Role
@@ -10,12 +11,13 @@ from muset.settings import load_settings
 
 @pytest.fixture
 def settings(tmp_path):
-    return load_settings({"MUSET_DATA_DIR": str(tmp_path)})
+    environ = {"MUSET_DATA_DIR": str(tmp_path), "RATE_LIMIT_REQUESTS_PER_MINUTE": "0"}
+    return load_settings(environ)
 
 
 @pytest.fixture
 def services(settings):
-    services = make_services(settings)
+    services = make_services(settings, Resilience())
     services.database.write(migrations.upgrade)
     yield services
     services.database.close()

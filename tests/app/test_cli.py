@@ -127,9 +127,12 @@ GEVENT = """
 from gevent import monkey; monkey.patch_all()
 import sys, time, gevent
 from muset import migrations
+from flask_muset.deadline import deadline
+from flask_muset.errors import OperationTimeoutError
+from flask_muset.resilience import Policy
 from muset.adapters.sqlite import Database
 from sqlalchemy import text
-database = Database("sqlite:///" + sys.argv[1])
+database = Database("sqlite:///" + sys.argv[1], Policy("database", []))
 database.write(migrations.upgrade)
 slow = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 3000000) " \\
        "SELECT count(*) FROM c"
@@ -146,6 +149,14 @@ assert max(gaps) < 0.3, max(gaps)
 for number in range(20):
     with gevent.Timeout(0.02, False):
         database.read(lambda c: c.execute(text(slow)).scalar_one())
+began = time.monotonic()
+endless = slow.replace("3000000", "3000000000")
+try:
+    with deadline(0.1):
+        database.read(lambda c: c.execute(text(endless)).scalar_one())
+except OperationTimeoutError:
+    pass
+assert time.monotonic() - began < 1, "a statement goes on after its deadline"
 assert database.read(lambda c: c.execute(text("SELECT 41 + 1")).scalar_one()) == 42
 assert database._engine.pool.checkedout() == 0
 def fails(connection):
@@ -162,7 +173,7 @@ print("fine")
 
 
 def test_database_under_gevent(tmp_path):
-    """A slow query blocks no other greenlet; a cut one gives back no connection that is in use."""
+    """A slow query blocks no other greenlet; a cut one ends and gives its connection back."""
     result = subprocess.run(
         [sys.executable, "-c", GEVENT, str(tmp_path / "x.db")],
         capture_output=True,

@@ -6,7 +6,7 @@ from flask_muset.resilience.bulkhead import Bulkhead
 from flask_muset.resilience.circuit_breaker import BreakerState, CircuitBreaker
 from flask_muset.resilience.extension import UNLIMITED, Resilience, error_recovery, policies_of
 from flask_muset.resilience.fallback import Fallback
-from flask_muset.resilience.policy import Outcome, Policy
+from flask_muset.resilience.policy import Outcome, Policy, breaker_of
 from flask_muset.resilience.rate_limit import Hit, RateLimit
 from flask_muset.resilience.recovery import ErrorRecovery
 from flask_muset.resilience.retrying import RetryStrategy, retry, retry_async, retry_call
@@ -27,6 +27,7 @@ __all__ = [
     "RetryBudget",
     "RetryStrategy",
     "Timeout",
+    "breaker_of",
     "deadline",
     "error_recovery",
     "policies_of",

@@ -36,6 +36,7 @@ class RetryBudget:
             {"ratio": ratio, "floor": floor, "window": window},
             {"ratio": AT_LEAST_ZERO, "floor": AT_LEAST_ZERO, "window": ABOVE_ZERO},
         )
+        self._numbers = ratio, floor, window
         self._ratio = ratio
         self._always = floor * window
         self._clock = clock or SYSTEM
@@ -44,6 +45,10 @@ class RetryBudget:
         give_lock(self)
 
     _lock: object
+
+    def like(self) -> "RetryBudget":
+        """Another one with the same numbers."""
+        return RetryBudget(*self._numbers, clock=self._clock)
 
     def deposit(self) -> None:
         """Count one call."""

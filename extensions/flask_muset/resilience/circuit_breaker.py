@@ -40,6 +40,10 @@ _new, _asked = CircuitOpenError.__new__, current_outcome.get
 _PROBING_S = 1.0
 
 
+#: What counts as nothing: classes, or a function of the exception.
+Ignore = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
+
+
 class BreakerState(StrEnum):
     """Whether calls are let through."""
 
@@ -94,7 +98,7 @@ class CircuitBreaker(Part):
         half_open_calls: Number of probes, at least 1.
         recovery_growth: Factor of the open time each time the probes fail, at least 1.
         max_recovery_timeout: Bound of the open time in seconds, grown or told by Retry-After.
-        ignore: Exception classes that count as nothing.
+        ignore: Exception classes that count as nothing, or a function of the exception.
         mode: `enforce`; `observe` counts what it would refuse and refuses nothing; `off`.
         clock: Time; None takes the system's.
 
@@ -119,7 +123,7 @@ class CircuitBreaker(Part):
         half_open_calls: int = 1,
         recovery_growth: float = 1.0,
         max_recovery_timeout: float | None = None,
-        ignore: type[BaseException] | tuple[type[BaseException], ...] = (),
+        ignore: Ignore = (),
         mode: str = "enforce",
         clock: Clock | None = None,
     ) -> None:
@@ -256,10 +260,14 @@ class CircuitBreaker(Part):
         """Whether an error is the dependency's; None if it says nothing about it."""
         if isinstance(error, Expired):
             return True if error.scope.counts else None
-        if not isinstance(error, Exception) or isinstance(error, self._ignore):
+        if not isinstance(error, Exception) or self._ignores(error):
             return None
         known = error_of(error)
         return None if known.refusal else known.row.counts_as_failure
+
+    def _ignores(self, error: Exception) -> bool:
+        ignore = self._ignore
+        return isinstance(error, ignore) if isinstance(ignore, type | tuple) else ignore(error)
 
     def _give_back(self, token: _Ticket) -> None:
         if token.probe:
@@ -431,7 +439,11 @@ _ALLOWED = {
     "half_open_calls": COUNT,
     "recovery_growth": AT_LEAST_ONE,
     "max_recovery_timeout": optional(ABOVE_ZERO),
-    "ignore": Key(None, lambda v: isinstance(v, type | tuple), "exception classes"),
+    "ignore": Key(
+        None,
+        lambda v: isinstance(v, tuple) or callable(v),
+        "exception classes or a function of the exception",
+    ),
     "mode": one_of("enforce", *_MODES),
 }
 

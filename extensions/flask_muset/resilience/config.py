@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flask_muset.configuration import Key, flag, number, one_of, read, whole
+from flask_muset.load import Paths
 
 __all__ = ["KEYS", "PREFIX", "Config", "read_config"]
 
@@ -20,7 +21,10 @@ def _is_paths(value: Any) -> bool:
 
 def _is_policies(value: Any) -> bool:
     return isinstance(value, Mapping) and all(
-        isinstance(name, str) and isinstance(parts, Mapping) for name, parts in value.items()
+        isinstance(name, str)
+        and isinstance(parts, Mapping)
+        and all(isinstance(options, Mapping) for options in parts.values())
+        for name, parts in value.items()
     )
 
 
@@ -33,9 +37,7 @@ KEYS: Mapping[str, Key] = {
     "MAX_CONCURRENT_REQUESTS_MODE": one_of(None, *_MODES),
     "RATE_LIMIT_REQUESTS_PER_MINUTE": whole(0, 0, 1_000_000),
     "RATE_LIMIT_MODE": one_of(None, *_MODES),
-    "EXEMPT_PATHS": Key(
-        ("/health",), _is_paths, "a list of the beginnings of paths, such as ['/health']"
-    ),
+    "EXEMPT_PATHS": Key(("/health",), _is_paths, "a list of paths, such as ['/health']"),
     "ENABLE_CIRCUIT_BREAKER": flag(True),
     "CIRCUIT_BREAKER_THRESHOLD": whole(5, 1, 1_000_000),
     "CIRCUIT_BREAKER_TIMEOUT": number(60.0, 0, 86_400),
@@ -63,7 +65,7 @@ class Config:
         max_concurrent_requests_mode: Of the former; off where there is no such limit.
         rate_limit: Requests a minute of one caller.
         rate_limit_mode: Of the former; off where there is no such limit.
-        exempt_paths: Beginnings of paths that nothing of this holds for.
+        exempt_paths: Paths that nothing of this holds for, with all that is below them.
         enable_circuit_breaker: False lets all calls through all breakers.
         circuit_breaker_threshold: Failures in a row that open a breaker.
         circuit_breaker_timeout_s: How long it stays open.
@@ -81,7 +83,7 @@ class Config:
     max_concurrent_requests_mode: str
     rate_limit: int
     rate_limit_mode: str
-    exempt_paths: tuple[str, ...]
+    exempt_paths: Paths
     enable_circuit_breaker: bool
     circuit_breaker_threshold: int
     circuit_breaker_timeout_s: float
@@ -119,7 +121,7 @@ def read_config(config: MutableMapping[str, Any]) -> Config:
         ),
         rate_limit=values["RATE_LIMIT_REQUESTS_PER_MINUTE"],
         rate_limit_mode=mode("RATE_LIMIT_MODE", "RATE_LIMIT_REQUESTS_PER_MINUTE"),
-        exempt_paths=tuple(values["EXEMPT_PATHS"]),
+        exempt_paths=Paths(values["EXEMPT_PATHS"]),
         enable_circuit_breaker=values["ENABLE_CIRCUIT_BREAKER"],
         circuit_breaker_threshold=values["CIRCUIT_BREAKER_THRESHOLD"],
         circuit_breaker_timeout_s=float(values["CIRCUIT_BREAKER_TIMEOUT"]),

@@ -1,7 +1,7 @@
 """Resilience: binds the parts of this folder to a Flask app."""
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -22,11 +22,12 @@ from flask_muset.load import GATE, Gate
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
 from flask_muset.resilience.config import PREFIX, Config, read_config
 from flask_muset.resilience.guards import Part
-from flask_muset.resilience.policy import PARTS, Policy
+from flask_muset.resilience.policy import Policy
 from flask_muset.resilience.rate_limit import Hit, RateLimit, refused
 from flask_muset.resilience.recovery import ErrorRecovery
 from flask_muset.resilience.request_limits import RequestLimits
 from flask_muset.resilience.retrying import RetryStrategy
+from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import Decision, PolicyEvent, policy_decided
 
 if TYPE_CHECKING:
@@ -69,6 +70,29 @@ class _State:
     retry_strategy: RetryStrategy
     recovery: ErrorRecovery
     policies: dict[str, tuple[Part, ...]] = field(default_factory=dict)
+    _copies: dict[int, Part] = field(default_factory=dict)
+
+    def parts_of(self, policy: Policy, declared: Sequence[Declared]) -> tuple[Part, ...]:
+        """The parts of a policy in this app; the first app of all gets the very ones declared.
+
+        Raises:
+            ValueError: The configuration has an argument that does not fit.
+        """
+        parts = [self._part(policy, part) for part in declared]
+        return tuple(_overridden(self.config, policy.name, parts))
+
+    def _part(self, policy: Policy, part: Declared) -> Part:
+        if part is CircuitBreaker:
+            return _breaker(self.config, policy.name, {})
+        if part is RetryStrategy:
+            return _retry_strategy(self.config, {})
+        assert isinstance(part, Part)  # noqa: S101 - the policy's own check has seen it
+        if policy.is_bound:
+            # One part in two policies is one in every app.
+            part = self._copies.setdefault(id(part), _copy(part))
+        if isinstance(part, CircuitBreaker):
+            _in_mode(self.config, part)
+        return part
 
 
 class Resilience:
@@ -93,7 +117,8 @@ class Resilience:
         RESILIENCE_RATE_LIMIT_REQUESTS_PER_MINUTE: Requests of one caller, 0 for no limit. Default
             0: behind a proxy that the app does not know of, all callers have one address.
         RESILIENCE_RATE_LIMIT_MODE: In place of RESILIENCE_MODE.
-        RESILIENCE_EXEMPT_PATHS: Beginnings of paths that none of this holds for. Default /health.
+        RESILIENCE_EXEMPT_PATHS: Paths that none of this holds for, with all that is below them.
+            Default /health.
         RESILIENCE_ENABLE_CIRCUIT_BREAKER: False lets all calls through. Default True.
         RESILIENCE_CIRCUIT_BREAKER_THRESHOLD: Failures in a row that open a breaker. Default 5.
         RESILIENCE_CIRCUIT_BREAKER_TIMEOUT: Seconds that it stays open. Default 60.
@@ -101,7 +126,8 @@ class Resilience:
         RESILIENCE_RETRY_INITIAL_DELAY: Bound of the first wait, seconds. Default 1.
         RESILIENCE_RETRY_MAX_DELAY: Bound of every wait, seconds. Default 60.
         RESILIENCE_POLICIES: By name of a policy and kind of a part, arguments that win over the
-            code's, such as {"openai": {"timeout": {"seconds": 5}}}.
+            code's, such as {"openai": {"timeout": {"seconds": 5}}}. The policies are declared
+            before `init_app`. A Timeout that stands outermost is `total_timeout`.
     """
 
     def __init__(
@@ -131,7 +157,7 @@ class Resilience:
         declared = parts or (RetryStrategy, CircuitBreaker)
         policy = Policy(name, [_undeclared(name, part) for part in declared])
         for app in self._apps:
-            self._bind(app, policy, declared)
+            self._bind(app, policy, app.extensions[_KEY].parts_of(policy, declared))
         self._declared[name] = policy, declared
         return policy
 
@@ -144,40 +170,45 @@ class Resilience:
         """
         config = read_config(app.config)
         state = _State(config, _retry_strategy(config, {}), _Recovery(config))
+        for name in config.policies.keys() - self._declared.keys():
+            raise ValueError(
+                f"{PREFIX}POLICIES: no policy {name!r} is declared; declare it before init_app, or "
+                f"use one of {sorted(self._declared)}."
+            )
+        made = {
+            name: state.parts_of(policy, declared)
+            for name, (policy, declared) in self._declared.items()
+        }
         context.attach(app, _KEY, "Resilience", state)
         self._apps.add(app)
-        for policy, declared in self._declared.values():
-            self._bind(app, policy, declared)
+        for name, parts in made.items():
+            self._bind(app, self._declared[name][0], parts)
         if config.enabled:
             _guard_requests(app, config, self._rate_limit_key)
 
-    def _bind(self, app: Flask, policy: Policy, declared: tuple[Declared, ...]) -> None:
-        """Give an app the parts of a policy; the first app gets the very ones declared."""
+    def _bind(self, app: Flask, policy: Policy, parts: tuple[Part, ...]) -> None:
         state: _State = app.extensions[_KEY]
-        first = not policy.is_bound
-        parts = [_made(state.config, policy.name, part, keep=first) for part in declared]
-        parts = _overridden(state.config, policy.name, parts)
-        state.policies[policy.name] = tuple(parts)
-        policy.is_bound = True
-        if first:
+        state.policies[policy.name] = parts
+        if not policy.is_bound:
             policy.use(parts)
         else:
             policy.use_by(
                 lambda: context.state(_KEY, "Resilience").policies[policy.name],
                 [other.extensions[_KEY].policies[policy.name] for other in self._apps],
             )
+        policy.is_bound = True
 
 
 def policies_of(app: Flask) -> dict[str, tuple[Part, ...]]:
     """The parts of each policy of an app, those of `ErrorRecovery` as policies of one breaker."""
     state: _State = app.extensions[_KEY]
-    alone = {name: (breaker,) for name, breaker in state.recovery.breakers().items()}
-    return {**alone, **state.policies}
+    found = dict(state.policies)
+    for name, breaker in state.recovery.breakers().items():
+        found[name if name not in found else f"{name} (error recovery)"] = (breaker,)
+    return found
 
 
 # --- Policies from the configuration --------------------------------------------------------------
-
-_KINDS: Mapping[str, type[Part]] = {cls.kind: cls for cls in PARTS}
 
 
 def _retry_strategy(config: Config, options: Mapping[str, Any]) -> RetryStrategy:
@@ -217,26 +248,21 @@ def _undeclared(name: str, part: Declared) -> Part:
     raise ValueError(f"policy {name!r}: {part!r} is no part; give one that is made.")
 
 
-def _made(config: Config, name: str, part: Declared, *, keep: bool) -> Part:
-    if part is CircuitBreaker:
-        return _breaker(config, name, {})
-    if part is RetryStrategy:
-        return _retry_strategy(config, {})
-    assert isinstance(part, Part)  # noqa: S101 - `_undeclared` has seen it
-    own = part if keep else part.like()
-    if isinstance(own, CircuitBreaker):
-        _in_mode(config, own)
-    return own
+def _copy(part: Part) -> Part:
+    budget = part.options.get("budget")
+    return part.like() if budget is None else part.like(budget=budget.like())
 
 
 def _overridden(config: Config, name: str, parts: list[Part]) -> list[Part]:
     """The parts with the arguments that the configuration has for them."""
     for kind, options in config.policies.get(name, {}).items():
         key = f"{PREFIX}POLICIES[{name!r}][{kind!r}]"
-        position = next((i for i, part in enumerate(parts) if part.kind == kind), None)
+        kinds = [part.kind for part in parts]
+        if kinds.count(Timeout.kind) == 2:
+            kinds[0] = f"total_{Timeout.kind}"
+        position = kinds.index(kind) if kind in kinds else None
         if position is None:
-            known = [part.kind for part in parts]
-            raise ValueError(f"{key}: the policy has no such part; it has {known}.")
+            raise ValueError(f"{key}: the policy has no such part; it has {kinds}.")
         part = parts[position]
         for option in options:
             if option not in part.options:
@@ -294,7 +320,7 @@ def _limit_rate(
     app: Flask, config: Config, limiter: RateLimit, key_of: RateLimitKey | None
 ) -> None:
     """Count the request against its caller's limit."""
-    if request.path.startswith(config.exempt_paths):
+    if request.path in config.exempt_paths:
         return
     key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
     if key is UNLIMITED:

@@ -14,8 +14,9 @@ class Fallback(Part):
     """Give a value, or what a function makes, in place of an exception.
 
     Args:
-        value_or_function: A value; or a function, called with the exception if it takes an
-            argument. Where the call is awaited, an awaitable that it returns is awaited too.
+        value_or_function: A value; a class such as `list`, called without arguments; or a function,
+            called with the exception if it takes an argument. Where the call is awaited, an
+            awaitable that it returns is awaited too. In place of a generator, what is iterated.
         on: Classes of exceptions that are answered so. `BaseException` that is no `Exception`, such
             as a foreign `gevent.Timeout`, always passes.
     """
@@ -70,8 +71,12 @@ class Fallback(Part):
 def _maker(value_or_function: Any) -> Callable[[Exception], Any]:
     if not callable(value_or_function):
         return lambda _error: value_or_function
-    try:
-        inspect.signature(value_or_function).bind(None)
-    except TypeError:
+    takes_one = not isinstance(value_or_function, type)
+    if takes_one:
+        try:
+            inspect.signature(value_or_function).bind(None)
+        except (TypeError, ValueError):  # it takes none, or is a builtin that does not tell
+            takes_one = False
+    if not takes_one:
         return lambda _error: value_or_function()
     return value_or_function  # type: ignore[no-any-return]

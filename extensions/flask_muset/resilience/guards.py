@@ -9,9 +9,10 @@ import functools
 import inspect
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, closing
 from contextvars import ContextVar
 from types import FunctionType, TracebackType
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from flask_muset import context
 from flask_muset.errors import MusetError
@@ -26,6 +27,7 @@ __all__ = [
     "call_directly",
     "current_outcome",
     "error_of",
+    "is_plain",
     "refuse_asyncio_under_gevent",
 ]
 
@@ -59,6 +61,17 @@ def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(fn)
 
 
+def is_plain(fn: Callable[..., Any]) -> bool:
+    """Whether it is no coroutine function and no generator."""
+    if type(fn) is FunctionType:
+        return not fn.__code__.co_flags & _COLOURED
+    return not (
+        inspect.iscoroutinefunction(fn)
+        or inspect.isgeneratorfunction(fn)
+        or inspect.isasyncgenfunction(fn)
+    )
+
+
 def refuse_asyncio_under_gevent() -> None:
     """Raise where asyncio cannot work.
 
@@ -88,7 +101,7 @@ class Guard:
             *args: Its arguments.
             **kwargs: Its keyword arguments.
         """
-        if type(fn) is FunctionType and not fn.__code__.co_flags & _COLOURED:
+        if is_plain(fn):
             return self._chain(fn, args, kwargs)
         return self(fn)(*args, **kwargs)
 
@@ -130,32 +143,35 @@ class Guard:
     def _generate(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[Any]:
-        def first() -> tuple[Any, Any]:
+        def first() -> _Started:
             items = fn(*args, **kwargs)
-            return items, next(items, _NOTHING)
+            return _Started(items, next(items, _NOTHING))
 
-        items, item = self._chain(first, (), {})
-        if item is not _NOTHING:
-            with _closing(items):
-                yield item
-                yield from items
+        started = self._chain(first, (), {})
+        if not isinstance(started, _Started):  # a fallback's
+            yield from started
+        elif started.item is not _NOTHING:
+            with closing(started.items):
+                yield started.item
+                yield from started.items
 
     async def _agenerate(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AsyncIterator[Any]:
-        async def first() -> tuple[Any, Any]:
+        async def first() -> _Started:
             items = fn(*args, **kwargs)
-            return items, await anext(items, _NOTHING)
+            return _Started(items, await anext(items, _NOTHING))
 
         refuse_asyncio_under_gevent()
-        items, item = await self._async_chain(first, (), {})
-        if item is not _NOTHING:
-            try:
+        started = await self._async_chain(first, (), {})
+        if not isinstance(started, _Started):  # a fallback's
+            for item in started:
                 yield item
-                async for item in items:
+        elif started.item is not _NOTHING:
+            async with aclosing(started.items):
+                yield started.item
+                async for item in started.items:
                     yield item
-            finally:
-                await items.aclose()
 
     def _parts(self) -> "tuple[Part, ...]":
         """The parts, the outermost first."""
@@ -198,16 +214,11 @@ class Guard:
 _COLOURED = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
-class _closing:  # noqa: N801 - reads as contextlib's, for iterators that may have no `close`
-    def __init__(self, items: Any) -> None:
-        self._items = items
+class _Started(NamedTuple):
+    """A generator and its first item."""
 
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        close = getattr(self._items, "close", None)
-        if close is not None:
-            close()
+    items: Any
+    item: Any
 
 
 def _leave(entered: "list[tuple[Part, Any]]", error: BaseException | None) -> BaseException | None:
@@ -223,6 +234,7 @@ class Part(Guard):
         kind: Its name in configuration, events and outcomes.
         repeats: Whether it may run the call again or replace its value.
         name: Of the policy it belongs to; a breaker has its own.
+        owner: The part of the policy that it is a part of, where that is not itself.
     """
 
     kind: ClassVar[str]
@@ -230,6 +242,7 @@ class Part(Guard):
     #: What it was made with, to make another one like it.
     _options: dict[str, Any]
     name: str = ""
+    owner: "Part | None" = None
 
     def __init__(self) -> None:
         self._chain = self.layer(call_directly)
@@ -328,7 +341,7 @@ class Part(Guard):
         """Send what was decided, and note it in the outcome that somebody asked for."""
         outcome = current_outcome.get()
         if outcome is not None:
-            outcome.note(self.kind, decision, wait_s)
+            outcome.note(self, decision, wait_s)
         if policy_decided.receivers:
             context.emit(policy_decided, PolicyEvent(self.name, self.kind, decision, wait_s, error))
 

@@ -15,13 +15,14 @@ from flask_muset.resilience.guards import (
     Part,
     call_directly,
     current_outcome,
+    is_plain,
 )
 from flask_muset.resilience.rate_limit import RateLimit
 from flask_muset.resilience.retrying import RetryStrategy
 from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import Decision
 
-__all__ = ["PARTS", "Outcome", "Policy"]
+__all__ = ["PARTS", "Outcome", "Policy", "breaker_of"]
 
 #: The order, the outermost first, and what would go wrong if a part stood further in.
 PARTS: Mapping[type[Part], str] = {
@@ -47,6 +48,7 @@ class Outcome:
         decided_by: The kind of the part that ended it other than by the function's own result:
             `fallback`, `retry`, `circuit_breaker`, `rate_limit`, `bulkhead`, `timeout`; else None.
         stop_reason: `succeeded`, `failed`, or the `flask_muset.signals.Decision` that ended it.
+        parts: Whose decisions are noted.
     """
 
     value: Any = None
@@ -55,13 +57,19 @@ class Outcome:
     waits: list[float] = field(default_factory=list)
     decided_by: str | None = None
     stop_reason: str = "succeeded"
+    parts: tuple[Part, ...] = field(default=(), repr=False)
 
-    def note(self, kind: str, decision: Decision, wait_s: float) -> None:
-        """Take note of one decision; the last one that ended something stands."""
+    def note(self, part: Part, decision: Decision, wait_s: float) -> None:
+        """Take note of one decision of the policy's own parts."""
+        if (part.owner or part) not in self.parts:
+            return
         if decision is Decision.RETRIED:
             self.waits.append(wait_s)
+            self.decided_by = None
+        elif decision is Decision.NOT_RETRYABLE and self.decided_by is not None:
+            pass  # whoever refused the call has decided
         elif decision not in (Decision.WOULD_REJECT, Decision.OVERRUN):
-            self.decided_by, self.stop_reason = kind, decision.value
+            self.decided_by, self.stop_reason = part.kind, decision.value
 
     def result(self) -> Any:
         """The value, or the exception raised."""
@@ -96,12 +104,11 @@ class Policy(Guard):
 
     def use(self, parts: Sequence[Part]) -> None:
         """Guard with these parts from now on."""
-        self.parts = tuple(parts)
+        self._own = tuple(parts)
         for part in parts:
-            if not part.name:
-                part.name = self.name
-        self._chain = chain(self.parts)
-        self._async_chain = async_chain(self.parts)
+            part.name = part.name or self.name
+        self._chain = chain(self._own)
+        self._async_chain = async_chain(self._own)
 
     def use_by(
         self, current: Callable[[], tuple[Part, ...]], all_parts: Sequence[tuple[Part, ...]]
@@ -123,7 +130,7 @@ class Policy(Guard):
             What puts it back as it was.
         """
         before = self._chain, self._async_chain
-        parts = self._parts()
+        parts = self.parts
         self._chain = chain(parts, innermost)
         self._async_chain = async_chain(parts, async_innermost)
 
@@ -132,13 +139,18 @@ class Policy(Guard):
 
         return restore
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts, the outermost first; with several apps the current one's."""
+        return self._own if self._current is None else self._current()
+
     def _parts(self) -> tuple[Part, ...]:
-        return self.parts if self._current is None else self._current()
+        return self.parts
 
     @property
     def breaker(self) -> CircuitBreaker | None:
         """Its circuit breaker, if it has one."""
-        return next((part for part in self.parts if isinstance(part, CircuitBreaker)), None)
+        return breaker_of(self.parts)
 
     def outcome(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Outcome:
         """Call a plain function and say how it went; an `Exception` is returned, not raised.
@@ -147,8 +159,13 @@ class Policy(Guard):
             fn: The function.
             *args: Its arguments.
             **kwargs: Its keyword arguments.
+
+        Raises:
+            TypeError: It is no plain function.
         """
-        outcome = Outcome()
+        if not is_plain(fn):
+            raise TypeError(f"an outcome is of a plain function, got {fn!r}; use call.")
+        outcome = Outcome(parts=self.parts)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             outcome.attempts += 1
@@ -167,6 +184,11 @@ class Policy(Guard):
         finally:
             current_outcome.reset(token)
         return outcome
+
+
+def breaker_of(parts: Sequence[Part]) -> CircuitBreaker | None:
+    """The circuit breaker among the parts of a policy."""
+    return next((part for part in parts if isinstance(part, CircuitBreaker)), None)
 
 
 def chain(parts: Sequence[Part], innermost: Call = call_directly) -> Call:

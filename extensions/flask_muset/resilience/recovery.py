@@ -1,5 +1,6 @@
 """Breakers by name, and what can be done about an error."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -71,9 +72,17 @@ class ErrorRecovery:
 
         Returns:
             Whether one succeeded.
+
+        Raises:
+            TypeError: An action is a coroutine function.
         """
         bounded = Timeout(self.action_timeout)
         for action in recovery_actions:
+            if inspect.iscoroutinefunction(action):
+                raise TypeError(
+                    f"{action!r} is a coroutine function; await the recover_from_error of "
+                    "flask_muset.aio, or give a plain function."
+                )
             try:
                 bounded.call(action)
             except Exception as failure:  # noqa: BLE001 - the next action is tried

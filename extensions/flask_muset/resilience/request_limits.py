@@ -1,5 +1,6 @@
 """What holds for a whole request: its deadline, and how many there are at once. Knows WSGI only."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from flask_muset.errors import (
     OverloadedError,
     ValidationError,
 )
-from flask_muset.load import Gate, Verdict, arrived
+from flask_muset.load import Gate, Paths, Verdict, arrived
 from flask_muset.signals import Decision
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RequestLimits"]
 
-#: Retry-After of a shed request is drawn from these seconds, so that not all come back at once.
-_RETRY_AFTER_S = (1.0, 5.0)
+#: Retry-After of a shed request is drawn from 1 to so many whole seconds, so that not all come back
+#: at once.
+_MAX_RETRY_AFTER_S = 5
 _HEADER = "X-Request-Timeout-Ms"
 _MAX_HEADER_LENGTH = 12
 
@@ -37,7 +39,7 @@ class RequestLimits:
         gate_mode: `enforce` or `observe`.
         timeout_s: The deadline, 0 for none.
         timeout_mode: `enforce` or `observe`.
-        exempt: Beginnings of paths that are passed on as they are.
+        exempt: Paths that are passed on as they are.
         refuse: Answers a request with an error.
         tell: Tells decisions.
     """
@@ -50,7 +52,7 @@ class RequestLimits:
         gate_mode: str,
         timeout_s: float,
         timeout_mode: str,
-        exempt: tuple[str, ...],
+        exempt: Paths,
         refuse: "Callable[[MusetError, WSGIEnvironment, StartResponse], Iterable[bytes]]",
         tell: Tell,
     ) -> None:
@@ -67,7 +69,7 @@ class RequestLimits:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         """Serve one request."""
-        if environ.get("PATH_INFO", "").startswith(self._exempt):
+        if environ.get("PATH_INFO", "") in self._exempt:
             return self._wsgi_app(environ, start_response)
         gate = self._gate
         if gate is None:
@@ -81,7 +83,7 @@ class RequestLimits:
             self._tell("concurrency", Decision.REJECTED)
             error = OverloadedError(
                 f"{gate.limit} requests are under way in this process",
-                retry_after=SYSTEM.uniform(*_RETRY_AFTER_S),
+                retry_after=math.ceil(SYSTEM.uniform(0.0, _MAX_RETRY_AFTER_S)) or 1,
             )
             return self._refuse(error, environ, start_response)
         if self._gate_mode == "observe" and gate.in_flight > gate.limit:
@@ -121,7 +123,11 @@ class RequestLimits:
         text = environ.get("HTTP_X_REQUEST_TIMEOUT_MS")
         if text is None:
             return self._timeout_s, False
-        if not (text.isascii() and text.isdigit() and len(text) <= _MAX_HEADER_LENGTH):
+        well_formed = text.isascii() and text.isdigit() and len(text) <= _MAX_HEADER_LENGTH
+        if self._timeout_mode == "observe" and not (well_formed and int(text)):
+            self._tell("deadline", Decision.WOULD_REJECT)
+            return self._timeout_s, False
+        if not well_formed:
             raise ValidationError(
                 f"{_HEADER} must be a whole number of milliseconds", field=_HEADER, malformed=True
             )

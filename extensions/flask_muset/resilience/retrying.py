@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
+from itertools import repeat
 from typing import Any, TypeVar, overload
 
 from backoff import expo
@@ -143,7 +144,12 @@ class RetryStrategy(Part):
         """The bounds of the waits, in seconds, without end."""
         bounds = expo(self.exponential_base, self.initial_delay, self.max_delay)
         next(bounds)  # backoff's generators begin with a value that is no wait
-        return bounds
+        bound = next(bounds)
+        while 0 < bound < self.max_delay and self.exponential_base > 1:
+            yield bound
+            bound = next(bounds)
+        # Its last value for ever, for expo itself overflows at some retry.
+        yield from repeat(bound)
 
     def retries(self, error: BaseException, known: MusetError) -> bool:
         """Whether an error may pass; the number of attempts is not looked at.
@@ -190,7 +196,15 @@ class RetryStrategy(Part):
             finally:
                 _retrying.reset(token)
 
-        return retrying if self.max_elapsed is None else Timeout(self.max_elapsed).layer(retrying)
+        elapsed = self._elapsed()
+        return retrying if elapsed is None else elapsed.layer(retrying)
+
+    def _elapsed(self) -> Timeout | None:
+        if self.max_elapsed is None:
+            return None
+        part = Timeout(self.max_elapsed)
+        part.name, part.owner = self.name, self
+        return part
 
     def _sleep(self, seconds: float) -> None:
         self.clock.sleep(seconds)
@@ -220,9 +234,8 @@ class RetryStrategy(Part):
             finally:
                 _retrying.reset(token)
 
-        if self.max_elapsed is None:
-            return retrying
-        return Timeout(self.max_elapsed).async_layer(retrying)
+        elapsed = self._elapsed()
+        return retrying if elapsed is None else elapsed.async_layer(retrying)
 
     async def _asleep(self, seconds: float) -> None:
         if self.clock.is_virtual:

@@ -1,11 +1,11 @@
 """A bound on the time of one call."""
 
-import asyncio
 from typing import Any
 
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO, check
-from flask_muset.deadline import Scope
+from flask_muset.deadline import Scope, deadline
+from flask_muset.errors import OperationTimeoutError
 from flask_muset.resilience.guards import Part, refuse_asyncio_under_gevent
 from flask_muset.signals import Decision
 
@@ -40,33 +40,30 @@ class Timeout(Part):
 
     def leave(self, token: Scope, error: BaseException | None) -> BaseException | None:
         """Stop the time."""
-        if token.leave():
-            self.tell(Decision.OVERRUN, error=error)
-        elif token.cut(error):
+        late = token.leave()
+        if token.cut(error):
             self.tell(Decision.TIMED_OUT, error=error)
             return token.error()
+        if late:
+            self.tell(Decision.OVERRUN, error=error)
         return None
 
     async def aenter(self) -> Any:
         """Start the time; asyncio's own time-out cuts the task off."""
         refuse_asyncio_under_gevent()
-        cut = asyncio.timeout(None if SYSTEM.is_virtual else self.seconds)
-        await cut.__aenter__()
-        return self.enter(), cut
+        block = deadline(self.seconds)
+        return block, await block.__aenter__()
 
     async def aleave(self, token: Any, error: BaseException | None) -> BaseException | None:
         """Stop the time."""
-        scope, cut = token
-        late = scope.leave()
+        block, scope = token
         kind, trace = (type(error), error.__traceback__) if error is not None else (None, None)
+        late = scope.is_running and SYSTEM.now() > scope.at
         try:
-            await cut.__aexit__(kind, error, trace)
-        except TimeoutError:
+            await block.__aexit__(kind, error, trace)
+        except OperationTimeoutError as ours:
             self.tell(Decision.TIMED_OUT, error=error)
-            return scope.error()  # type: ignore[no-any-return]
-        if scope.cut(error):
-            self.tell(Decision.TIMED_OUT, error=error)
-            return scope.error()  # type: ignore[no-any-return]
+            return ours
         if late:
             self.tell(Decision.OVERRUN, error=error)
         return None

@@ -386,6 +386,49 @@ def test_configuration_wins_over_the_code():
     assert policy.parts[1].limit == 5
 
 
+def test_a_total_can_be_changed_too():
+    """Of two time-outs the outermost has a name of its own."""
+    resilience = Resilience()
+    policy = resilience.policy("x", Timeout(9), RetryStrategy, Timeout(1))
+    changes = {"total_timeout": {"seconds": 8}, "timeout": {"seconds": 2}}
+    make_app(resilience=resilience, POLICIES={"x": changes})
+    assert [policy.parts[0].seconds, policy.parts[2].seconds] == [8, 2]
+
+
+def test_observe_ignores_the_callers_time(clock, decisions):
+    """In observe mode a header that would refuse the request is told and passed over."""
+    client = make_app(REQUEST_TIMEOUT=7, MODE="observe").test_client()
+    for header in ("0", "soon"):
+        assert client.get("/", headers={"X-Request-Timeout-Ms": header}).status_code == 200
+    assert decisions == [("request", "deadline", "would_reject")] * 2
+
+
+def test_a_part_in_two_policies_is_one_in_every_app():
+    """A breaker that two policies share is shared in the second app too, with its own state."""
+    resilience = Resilience()
+    breaker = CircuitBreaker("shared", failure_threshold=1)
+    one = resilience.policy("one", breaker)
+    two = resilience.policy("two", breaker, Timeout(1))
+    make_app(resilience=resilience)
+    second = make_app(resilience=resilience)
+    with second.app_context():
+        with pytest.raises(ZeroDivisionError):
+            one.call(lambda: 1 / 0)
+        with pytest.raises(CircuitOpenError):
+            two.call(lambda: 1)
+    assert breaker.state == "closed"
+
+
+def test_exempt_paths_are_whole_segments(clock):
+    """/health is exempt with what is below it, /healthy is not."""
+    app = make_app(RATE_LIMIT_REQUESTS_PER_MINUTE=1)
+    statuses = [
+        app.test_client().get(path).status_code
+        for path in ("/health", "/health/x", "/healthy", "/healthy")
+    ]
+    assert statuses == [404, 404, 404, 429]
+
+
 def test_one_instance_on_two_apps():
     """Each app has a breaker, permits and a configuration of its own."""
     resilience = Resilience()
@@ -440,6 +483,8 @@ def test_set_up_twice():
         ({"TIMEOUT": 3}, "RESILIENCE_TIMEOUT is not a setting of Resilience; use one of"),
         ({"EXEMPT_PATHS": "/health"}, "RESILIENCE_EXEMPT_PATHS must be a list"),
         ({"POLICIES": {"x": 3}}, "RESILIENCE_POLICIES must be a mapping"),
+        ({"POLICIES": {"x": {"timeout": 5}}}, "RESILIENCE_POLICIES must be a mapping"),
+        ({"POLICIES": {"y": {}}}, r"no policy 'y' is declared; .* use one of \['x'\]"),
         ({"POLICIES": {"x": {"retry": {}}}}, r"RESILIENCE_POLICIES\['x'\]\['retry'\]: .* has no"),
         (
             {"POLICIES": {"x": {"timeout": {"secs": 3}}}},
@@ -455,8 +500,11 @@ def test_a_bad_configuration_stops_the_start(config, text):
     """The message names key, value and cure."""
     resilience = Resilience()
     resilience.policy("x", Timeout(1))
-    with pytest.raises(ValueError, match=text):
-        make_app(resilience=resilience, **config)
+    app = Flask("shop")
+    app.config.update({f"RESILIENCE_{key}": value for key, value in config.items()})
+    for _ in range(2):  # a start that failed leaves nothing behind
+        with pytest.raises(ValueError, match=text):
+            resilience.init_app(app)
 
 
 def test_wrong_order_stops_the_start():

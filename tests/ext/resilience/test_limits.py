@@ -91,7 +91,7 @@ def test_reset_after_is_when_the_whole_limit_is_back(clock):
 
 
 def test_keys_are_bounded(clock, monkeypatch):
-    """Keys that are free again are dropped; a flood of others lets no key in that is at its limit."""
+    """Free keys are dropped; a flood of others lets no key in that is at its limit."""
     monkeypatch.setattr(module, "_MAX_KEYS", 100)
     limit = RateLimit(2, 60)
     for _ in range(3):

@@ -114,8 +114,16 @@ def test_fallback_forms(clock):
         Fallback(1, on=KeyError).call(fail)
     with pytest.raises(KeyboardInterrupt):
         Fallback(1).call(lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert Fallback(list).call(fail) == []
+    assert Fallback(dict).call(fail) == {}
+    assert list(Fallback([1, 2])(_failing_items)()) == [1, 2]
     with pytest.raises(ValueError, match="classes of Exception"):
         Fallback(1, on=BaseException)
+
+
+def _failing_items():
+    raise NotFoundError
+    yield 0
 
 
 def test_timeout_is_a_failure_and_is_retried(clock):
@@ -210,7 +218,7 @@ def test_outcome(clock):
     policy = Policy("x", parts()[1:])
     with faults(policy, {1: NetworkError()}):
         fine = policy.outcome(lambda: 7)
-    assert (fine.result(), fine.attempts, fine.waits) == (7, 1, [1.0])
+    assert (fine.result(), fine.attempts, fine.waits) == (7, 2, [1.0])
     assert (fine.decided_by, fine.stop_reason) == (None, "succeeded")
 
     bad = policy.outcome(lambda: 1 / 0)
@@ -221,8 +229,22 @@ def test_outcome(clock):
     policy.breaker.force_open()
     refused = policy.outcome(lambda: 7)
     assert isinstance(refused.error, CircuitOpenError)
-    assert (refused.attempts, refused.decided_by) == (0, "retry")
+    assert (refused.attempts, refused.decided_by) == (0, "circuit_breaker")
     assert Policy("y", [CircuitBreaker("z")]).outcome(lambda: 1 / 0).stop_reason == "failed"
+
+
+def test_outcome_is_of_the_policys_own_parts(clock):
+    """What another policy decides inside of the function is not noted; max_elapsed is."""
+    inner = Policy("inner", [Fallback(1)])
+    outer = Policy("outer", [RetryStrategy(1, max_elapsed=2)])
+    assert outer.outcome(inner.call, lambda: 1 / 0).stop_reason == "succeeded"
+    late = outer.outcome(clock.sleep, 3)
+    assert (late.decided_by, late.stop_reason) == ("timeout", "timed_out")
+
+    async def awaited(): ...
+
+    with pytest.raises(TypeError, match="plain function"):
+        outer.outcome(awaited)
 
 
 def test_outcome_names_who_refused(clock):
@@ -306,6 +328,31 @@ def test_real_asyncio_timeout():
         asyncio.run(own())
 
 
+def test_deadline_under_asyncio():
+    """`async with deadline` cuts off, and a plain one shortens the time-outs inside of it."""
+
+    async def cut():
+        async with deadline(0.02):
+            assert deadline.remaining() <= 0.02
+            await asyncio.sleep(10)
+
+    async def shortened():
+        with deadline(0.02):
+            await Timeout(30).call(asyncio.sleep, 10)
+
+    for work in (cut, shortened):
+        began = asyncio.run(_time_of(work))
+        assert began < 5
+
+
+async def _time_of(work):
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(OperationTimeoutError):
+        await work()
+    return loop.time() - began
+
+
 def test_generators(clock):
     """A generator is guarded until its first item: retried before it, never after."""
     policy = Policy("x", [RetryStrategy(3, 0.0), CircuitBreaker("x"), Timeout(1)])
@@ -334,6 +381,25 @@ def test_virtual_overrun_is_told(clock):
 
     with policy_decided.connected_to(listen):
         assert Timeout(1).call(lambda: clock.advance(3)) is None
+    assert seen == ["overrun"]
+
+
+def test_a_cut_that_is_swallowed_is_told(clock):
+    """Work that catches everything and returns too late is an overrun."""
+    seen = []
+
+    def swallow():
+        try:
+            clock.sleep(2)
+        except BaseException:
+            clock.advance(1)
+            return "late"
+
+    def listen(_sender, event):
+        seen.append(event.decision.value)
+
+    with policy_decided.connected_to(listen):
+        assert Timeout(1).call(swallow) == "late"
     assert seen == ["overrun"]
 
 

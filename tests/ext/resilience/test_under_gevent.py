@@ -356,3 +356,25 @@ def test_many_deadlines_leave_nothing_behind():
     result = [len(timers._heap) < 200, timers._running, time.monotonic() - began < 1]
     """
     assert run_patched(code) == [True, 0, True]
+
+
+def test_native_threads_and_greenlets_share_a_breaker():
+    """gevent's own native threads and greenlets count into one breaker; nobody starves."""
+    code = """
+    from flask_muset.resilience import CircuitBreaker, RateLimit
+    breaker = CircuitBreaker("x", failure_threshold=10**6, window_calls=10_000)
+    limit = RateLimit(1_000, 3600)
+    passed = []
+    def fail(): raise OSError
+    def work():
+        for n in range(200):
+            try: breaker.call(fail)
+            except OSError: pass
+            if limit.hit("x").allowed: passed.append(1)
+    threads = [gevent.get_hub().threadpool.spawn(work) for _ in range(4)]
+    greenlets = [gevent.spawn(work) for _ in range(4)]
+    for task in threads: task.get(timeout=20)
+    gevent.joinall(greenlets, timeout=20, raise_error=True)
+    result = [breaker.snapshot()["failures"], breaker._streak, len(passed)]
+    """
+    assert run_patched(code) == [1_600, 1_600, 1_000]

@@ -1,0 +1,47 @@
+"""A Flask app as another team has it, served by gunicorn with our worker."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+_PATCHED = "from gevent import monkey; monkey.patch_all()\n"
+_STOPS_WELL = "def on_starting(server): server.handle_int = server.handle_term\n"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def serve(folder, source, *options, worker="flask_muset.worker.FairGeventWorker", config=""):
+    """Serve the `app` of a source text; yields the process and its port, and ends it by its id."""
+    (folder / "served_app.py").write_text(source)
+    gevent = "gevent" in worker.lower()
+    (folder / "conf.py").write_text((_PATCHED if gevent else "") + _STOPS_WELL + config)
+    port = free_port()
+    log = open(folder / "gunicorn.log", "wb")  # noqa: SIM115 - closed below
+    process = subprocess.Popen(
+        [sys.executable, "-m", "gunicorn", "-c", "conf.py", "-b", f"127.0.0.1:{port}",
+         "-k", worker, "--no-control-socket", *options, "served_app:app"],
+        cwd=folder, start_new_session=True, stdout=log, stderr=log,
+    )  # fmt: skip
+    try:
+        end = time.monotonic() + 20
+        while True:
+            assert process.poll() is None, (folder / "gunicorn.log").read_text()
+            assert time.monotonic() < end, (folder / "gunicorn.log").read_text()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+                break
+            time.sleep(0.05)
+        yield process, port
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.close()
