@@ -14,13 +14,14 @@ import secrets
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from blinker import Signal
 from flask import Flask, current_app, has_app_context, has_request_context, request
 
+from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 
 if TYPE_CHECKING:
@@ -30,9 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REQUEST_ID_KEY",
+    "Exchange",
+    "Observer",
     "Rank",
     "RequestContext",
     "attach",
+    "current_exchange",
     "emit",
     "find",
     "install",
@@ -70,22 +74,101 @@ _ids = _Ids()
 class Rank(IntEnum):
     """The order of the layers, the outermost first, whichever extension is set up first."""
 
-    METRICS = 1
-    ERRORS = 2
-    LIMITS = 3
+    ERRORS = 1
+    LIMITS = 2
+
+
+class Exchange:
+    """One request and its response, from the first to the last moment in which they are ours.
+
+    Attributes:
+        environ: Of the request.
+        began: `SYSTEM.now()` when it came in.
+        status: Of the response, 0 before it has one.
+        sent: Bytes of the body that were handed to the server.
+        failed: Whether it ended in an exception, also after the response had begun.
+        duration_s: Seconds from its beginning to its end, None before it has ended.
+        user: Whom the app says it is from, for logs.
+        route: The rule that matched its path, None where none did.
+        trace_id: Of the trace that it belongs to, None without one.
+        span_id: Of its own span, None without one.
+    """
+
+    __slots__ = (
+        "_ended",
+        "_length",
+        "began",
+        "duration_s",
+        "environ",
+        "failed",
+        "route",
+        "sent",
+        "span_id",
+        "status",
+        "trace_id",
+        "user",
+    )
+
+    def __init__(self, environ: "WSGIEnvironment") -> None:
+        self.environ = environ
+        self.began = SYSTEM.now()
+        self.status = 0
+        self.sent = 0
+        self.failed = False
+        self.duration_s: float | None = None
+        self.user: str | None = None
+        self.trace_id: str | None = None
+        self.span_id: str | None = None
+        self.route: str | None = None
+        self._length = -1
+        self._ended = False
+
+    @property
+    def request_id(self) -> str:
+        """Its id."""
+        return str(self.environ[REQUEST_ID_KEY])
+
+
+#: The exchange of the current work, None outside of one and where nobody observes.
+current_exchange: contextvars.ContextVar[Exchange | None] = contextvars.ContextVar(
+    "flask_muset.exchange", default=None
+)
+
+
+class Observer(Protocol):
+    """What is told of each exchange. It must be quick, and it must not raise."""
+
+    def begin(self, exchange: Exchange) -> None:
+        """A request has come."""
+        ...
+
+    def end(self, exchange: Exchange) -> None:
+        """It is known how it went: status, duration and failure are final.
+
+        Told just before the last bytes of a body of known length are handed to the server, so that
+        what a client has seen is counted even if the process is killed the next moment; else when
+        the body has ended.
+        """
+        ...
+
+    def close(self, exchange: Exchange) -> None:
+        """The server is done with it."""
+        ...
 
 
 class RequestContext:
     """WSGI layer that gives every request an id and every response the header that names it.
 
     Args:
-        wsgi_app: The application itself, innermost of all layers.
+        app: Whose requests they are; its `wsgi_app` is the innermost of all layers.
     """
 
-    def __init__(self, wsgi_app: "WSGIApplication") -> None:
-        self._application = wsgi_app
+    def __init__(self, app: Flask) -> None:
+        self._application = app.wsgi_app
+        self._before_request = app.before_request
         self._layers: list[tuple[Rank, Callable[[WSGIApplication], WSGIApplication]]] = []
-        self._next = wsgi_app
+        self._next: WSGIApplication = app.wsgi_app
+        self._observers: list[Observer] = []
 
     def add(self, rank: Rank, make: "Callable[[WSGIApplication], WSGIApplication]") -> None:
         """Put in a layer.
@@ -100,6 +183,13 @@ class RequestContext:
         for _, wrap in reversed(self._layers):
             self._next = wrap(self._next)
 
+    def observe(self, observer: Observer) -> None:
+        """Tell somebody of each exchange; all share one look at the response."""
+        if not self._observers:
+            # Noted at once: Flask's context is gone when an exception that escaped is counted.
+            self._before_request(_note_route)
+        self._observers.append(observer)
+
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
@@ -112,6 +202,8 @@ class RequestContext:
         environ[REQUEST_ID_KEY] = rid
 
         header = (_HEADER, rid)
+        if self._observers:
+            return self._observed(environ, start_response, header)
         # A lambda, because a function's annotations would be made anew for each request.
         return self._next(
             environ,
@@ -120,12 +212,109 @@ class RequestContext:
             ),
         )
 
+    def _observed(
+        self,
+        environ: "WSGIEnvironment",
+        start_response: "StartResponse",
+        header: tuple[str, str],
+    ) -> Iterable[bytes]:
+        exchange = Exchange(environ)
+        current_exchange.set(exchange)
+
+        def start(status, headers, exc_info=None):  # type: ignore[no-untyped-def]
+            exchange.status = int(status[:3])
+            for name, value in headers:
+                if name == "Content-Length" and value.isdigit():
+                    exchange._length = int(value)
+            return start_response(status, [*headers, header], exc_info)
+
+        observers = self._observers
+        for observer in observers:
+            observer.begin(exchange)
+        try:
+            body = self._next(environ, start)
+        except BaseException:
+            exchange.failed = True
+            _end(exchange, observers)
+            _close(exchange, observers)
+            raise
+        return _ObservedBody(body, exchange, observers)
+
+
+def _note_route() -> None:
+    exchange, rule = current_exchange.get(), request.url_rule
+    if exchange is not None and rule is not None:
+        exchange.route = rule.rule
+
+
+def _end(exchange: Exchange, observers: Sequence[Observer]) -> None:
+    if not exchange._ended:
+        exchange._ended = True
+        exchange.duration_s = SYSTEM.now() - exchange.began
+        for observer in observers:
+            observer.end(exchange)
+
+
+def _close(exchange: Exchange, observers: Sequence[Observer]) -> None:
+    try:
+        for observer in observers:
+            observer.close(exchange)
+    finally:
+        # The greenlet of a kept connection goes on with the next request.
+        current_exchange.set(None)
+
+
+class _ObservedBody:
+    """A response's body on its way to the server."""
+
+    __slots__ = ("_exchange", "_inner", "_is_closed", "_observers")
+
+    def __init__(
+        self, inner: Iterable[bytes], exchange: Exchange, observers: Sequence[Observer]
+    ) -> None:
+        self._inner = inner
+        self._exchange = exchange
+        self._observers = observers
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        exchange = self._exchange
+        try:
+            for chunk in self._inner:
+                exchange.sent += len(chunk)
+                if exchange.sent == exchange._length:
+                    _end(exchange, self._observers)
+                yield chunk
+        except GeneratorExit:
+            raise
+        except BaseException:
+            exchange.failed = True
+            raise
+        finally:
+            _end(exchange, self._observers)
+
+    def close(self) -> None:
+        """Close the body; servers call it whatever happened."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            close = getattr(self._inner, "close", None)
+            if close is not None:
+                close()
+        except BaseException:
+            self._exchange.failed = True
+            raise
+        finally:
+            _end(self._exchange, self._observers)
+            _close(self._exchange, self._observers)
+
 
 def install(app: Flask) -> RequestContext:
     """Return the application's context layer, made at the first call."""
     layer: RequestContext | None = app.extensions.get(_EXTENSION)
     if layer is None:
-        layer = app.extensions[_EXTENSION] = RequestContext(app.wsgi_app)
+        layer = app.extensions[_EXTENSION] = RequestContext(app)
         app.wsgi_app = layer.__call__  # type: ignore[method-assign]
     return layer
 
