@@ -26,7 +26,7 @@ bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/micro.py --valgrind
 	.venv-bench/bin/python benchmarks/fairness.py
 
-prove: .venv/.test
+prove: .venv/.test .venv-bench/.bench
 	$(BIN)/python -m pytest -q --prove tests
 
 clean:

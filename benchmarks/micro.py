@@ -124,6 +124,17 @@ def _interlock(f):
     return CircuitBreaker(name="x", config=Config(minimum_number_of_calls=5))(f)
 
 
+def _interlock_three(f):
+    import interlock as i
+
+    breaker = i.CircuitBreaker(name="x", config=i.Config(minimum_number_of_calls=5))
+    return i.Pipeline(
+        i.FallbackStrategy(lambda _: None),
+        i.CircuitBreakerStrategy(breaker),
+        i.BulkheadStrategy(100),
+    )(f)
+
+
 def _limits(kind):
     def wrap(f):
         from limits import parse, storage, strategies
@@ -146,6 +157,61 @@ def _stack(f):
     return _backoff(_circuit(_limits("FixedWindowRateLimiter")(f)))
 
 
+def _ours(*parts):
+    from flask_muset.resilience import Policy
+
+    return Policy("x", parts)
+
+
+def _our_retry(f):
+    from flask_muset.resilience import RetryStrategy
+
+    return RetryStrategy(max_retries=2)(f)
+
+
+def _our_breaker(f):
+    from flask_muset.resilience import CircuitBreaker
+
+    return CircuitBreaker("x", failure_rate=0.5, recovery_timeout=30)(f)
+
+
+def _our_breaker_in_a_row(f):
+    from flask_muset.resilience import CircuitBreaker
+
+    return CircuitBreaker("x", failure_threshold=5, recovery_timeout=30)(f)
+
+
+def _our_limit(f):
+    from flask_muset.resilience import RateLimit
+
+    return RateLimit(10**9, 3600)(f)
+
+
+def _our_three(f):
+    from flask_muset.resilience import CircuitBreaker, RateLimit, RetryStrategy
+
+    breaker = CircuitBreaker("x", failure_rate=0.5)
+    return _ours(RetryStrategy(max_retries=2), breaker, RateLimit(10**9, 3600))(f)
+
+
+def _our_five(f):
+    """Under gevent, where the time-out has a timer."""
+    import gevent
+
+    from flask_muset.resilience import (
+        Bulkhead,
+        CircuitBreaker,
+        Fallback,
+        RetryStrategy,
+        Timeout,
+    )
+
+    gevent.get_hub()
+    breaker = CircuitBreaker("x", failure_rate=0.5)
+    retry = RetryStrategy(max_retries=2)
+    return _ours(Fallback(None), retry, breaker, Bulkhead(100), Timeout(30))(f)
+
+
 LOOP = "floor: try/except loop"
 CASES = {
     "bare call": lambda f: f,
@@ -161,10 +227,16 @@ CASES = {
     "circuitbreaker": _circuit,
     "purgatory (sync)": _purgatory,
     "interlock": _interlock,
+    "interlock fallback+breaker+bulkhead": _interlock_three,
     "limits fixed window hit": _limits("FixedWindowRateLimiter"),
     "limits moving window hit": _limits("MovingWindowRateLimiter"),
     "limits sliding counter hit": _limits("SlidingWindowCounterRateLimiter"),
     "backoff+circuitbreaker+limits": _stack,
+    "flask-muset retry": _our_retry,
+    "flask-muset breaker": _our_breaker,
+    "flask-muset limit": _our_limit,
+    "flask-muset retry+breaker+limit": _our_three,
+    "flask-muset fallback+retry+breaker+bulkhead+timeout": _our_five,
 }
 
 
@@ -206,6 +278,7 @@ CASES |= {
     "circuitbreaker, open, rejected": lambda f: _opened(_circuit),
     "purgatory, open, rejected": lambda f: _opened(_purgatory),
     "interlock, open, rejected": lambda f: _opened(_interlock),
+    "flask-muset breaker, open, rejected": lambda f: _opened(_our_breaker_in_a_row),
 }
 
 
@@ -220,6 +293,7 @@ def time_batch(fn, n):
 def main():
     ap = argparse.ArgumentParser()
     ap.add_argument("--valgrind", action="store_true")
+    ap.add_argument("--instructions", action="store_true", help="print them alone, as JSON")
     ap.add_argument("--child", action="store_true")
     ap.add_argument("--extra", action="append", default=[])
     a = ap.parse_args()
@@ -227,6 +301,9 @@ def main():
     if a.child:
         cs = {n: (lambda w=w: functools.partial(w(work), 7)) for n, w in cases.items()}
         print(json.dumps(c.instructions(cs, 500, 2500)))
+        return
+    if a.instructions:
+        print(c.under_valgrind([__file__, "--child"]))
         return
     fns, n = {}, {}
     for name, wrap in cases.items():

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from flask import Flask
 
 from flask_muset import ErrorHandler, Resilience
+from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
 from muset.adapters.documents import SqliteDocumentStore
 from muset.adapters.keys import SqliteKeyStore
+from muset.adapters.redis import RedisProbe
 from muset.adapters.sqlite import Database, is_outage
 from muset.blueprints import admin, ask, auth, documents, health, openapi
 from muset.ports import Probe
@@ -43,8 +45,16 @@ def make_services(settings: Settings, resilience: Resilience) -> Services:
         keys=KeyService(SqliteKeyStore(database)),
         documents=DocumentService(store, settings.max_document_bytes),
         ask=AskService(store, provider, resilience.policy(provider.name), time.monotonic),
-        probes=(database,),
+        probes=(database, *_redis_probes(settings)),
     )
+
+
+def _redis_probes(settings: Settings) -> list[Probe]:
+    """Redis where it is set: the service works without it, and says so."""
+    if settings.redis_url is None:
+        return []
+    client = GuardedRedis(settings.redis_url, max_connections=settings.redis_max_connections)
+    return [RedisProbe(client)]
 
 
 def _database_policy(resilience: Resilience) -> Policy:

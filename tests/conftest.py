@@ -2,9 +2,13 @@
 
 import datetime
 import os
+import sys
 from pathlib import Path
 
 import pytest
+
+# Helpers that need nothing but the extensions, for all tests.
+sys.path.insert(0, str(Path(__file__).parent / "ext"))
 
 _FIGURES = pytest.StashKey[list[str]]()
 _ROWS = pytest.StashKey[dict[str, tuple[str, str, str]]]()

@@ -257,3 +257,26 @@ def test_policies_are_for_admins(make):
     assert client.post(f"{url}/database", json={"mode": "ajar"}, headers=who).status_code == 422
     bad = {"mode": "open", "expires_s": -1}
     assert client.post(f"{url}/database", json=bad, headers=who).status_code == 422
+
+
+def test_redis_is_not_needed(make, tmp_path):
+    """REDIS_URL set and not answering is degraded, and ready again by itself when it answers."""
+    import time
+
+    from redis_server import RedisServer
+
+    server = RedisServer(tmp_path)
+    _, client, _ = make(REDIS_URL=server.url)
+    answer = client.get("/health/ready")
+    assert (answer.status_code, answer.json["status"]) == (200, "degraded")
+    assert answer.json["reasons"] == ["the redis does not answer"]
+    assert answer.json["checks"] == {"database": "ok", "redis": "failed"}
+    server.start()
+    try:
+        end = time.monotonic() + 10
+        while client.get("/health/ready").json["status"] != "ready":
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        server.kill()
+    assert make()[1].get("/health/ready").json["checks"] == {"database": "ok"}

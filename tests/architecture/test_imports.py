@@ -48,6 +48,33 @@ def test_only_the_binding_knows_flask():
     assert offenders(EXTENSIONS, {"flask"}, binding) == []
 
 
+FOLDERS = ("cache_strategies", "error_handler", "logging", "metrics", "resilience")
+
+
+def test_extensions_do_not_know_each_other():
+    """They meet in the modules at the package's root, which know none of them."""
+    for folder in FOLDERS:
+        siblings = {f"flask_muset.{other}" for other in FOLDERS if other != folder}
+        found = [
+            (path.name, name)
+            for path in (EXTENSIONS / folder).rglob("*.py")
+            for name in imports_of(path)
+            if ".".join(name.split(".")[:2]) in siblings
+        ]
+        assert found == [], folder
+    # The test kit and the asynchronous names are made of an extension's parts.
+    users = ("testing.py", "aio.py", "__init__.py")
+    roots = [path for path in EXTENSIONS.glob("*.py") if path.name not in users]
+    below = {f"flask_muset.{folder}" for folder in FOLDERS}
+    found = [
+        (path.name, name)
+        for path in roots
+        for name in imports_of(path)
+        if ".".join(name.split(".")[:2]) in below
+    ]
+    assert found == []
+
+
 def test_services_know_neither_flask_nor_clients():
     """Services work on plain values: no Flask, no database, no adapters, no blueprints."""
     forbidden = {
@@ -94,6 +121,7 @@ def test_importing_loads_no_other_library():
     code = (
         "import sys; from flask_muset import ErrorHandler; from flask import Flask;"
         "ErrorHandler(Flask('x'));"
+        "assert not [m for m in sys.modules if m.startswith('flask_muset.resilience')];"
         "print([m for m in ('sqlalchemy', 'redis', 'httpx', 'requests', 'urllib3', 'pydantic',"
         "'marshmallow', 'gevent', 'gunicorn') if m in sys.modules])"
     )

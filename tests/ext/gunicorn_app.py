@@ -8,14 +8,10 @@ import subprocess
 import sys
 import time
 
+from redis_server import free_port
+
 _PATCHED = "from gevent import monkey; monkey.patch_all()\n"
 _STOPS_WELL = "def on_starting(server): server.handle_int = server.handle_term\n"
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager

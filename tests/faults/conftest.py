@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,14 +11,9 @@ from pathlib import Path
 
 import pytest
 import requests
+from redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Service:
@@ -36,7 +30,11 @@ class Service:
     def start(self):
         began = time.monotonic()
         self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
-        env = os.environ | {"MUSET_DATA_DIR": str(self.data_dir / "data"), "PORT": str(self.port)}
+        env = os.environ | {
+            "MUSET_DATA_DIR": str(self.data_dir / "data"),
+            "PORT": str(self.port),
+            "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
+        }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "muset.cli", "serve"],
             env=env,

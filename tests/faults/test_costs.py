@@ -1,12 +1,16 @@
 """What fairness and error handling cost, beside a peer in the same run."""
 
 import importlib
+import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,6 +62,43 @@ def test_cost_of_an_error(prove, costs):
         f"{costs['error ratio']:.3f}; {costs['new error ratio']:.3f} where no two errors are equal"
     )
     assert costs["error ratio"] <= 1.15
+
+
+@pytest.fixture(scope="module")
+def wrappers():
+    """Instructions of each wrapper beside its peers, from the environment that has them."""
+    python = ROOT / ".venv-bench" / "bin" / "python"
+    if shutil.which("valgrind") is None or not python.exists():
+        return None
+    command = [python, BENCHMARKS / "micro.py", "--instructions"]
+    return json.loads(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+
+
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "Instructions on the success path: retry and closed breaker with its window at most 2.0 times "
+    "a bare try loop; retry + breaker + limit at most 2 times the hand-written three; a rejection "
+    "at most 2.5 times raise-and-catch; five policies with a timeout at most 0.6 of interlock's "
+    "three without one"
+)
+def test_cost_of_policies(prove, wrappers):
+    """Each ratio is of one run with its floor or peer."""
+    if wrappers is None:
+        prove.missing("valgrind or .venv-bench")
+    ours = {
+        "retry": ("flask-muset retry", "floor: try/except loop", 2.0),
+        "breaker": ("flask-muset breaker", "floor: try/except loop", 2.0),
+        "three": ("flask-muset retry+breaker+limit", "floor: all three", 2.0),
+        "rejection": ("flask-muset breaker, open, rejected", "floor: raise and catch", 2.5),
+        "five": (
+            "flask-muset fallback+retry+breaker+bulkhead+timeout",
+            "interlock fallback+breaker+bulkhead",
+            0.6,
+        ),
+    }
+    ratios = {name: wrappers[own] / wrappers[peer] for name, (own, peer, _) in ours.items()}
+    prove.figure(", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    assert all(ratios[name] <= most for name, (_, _, most) in ours.items())
 
 
 @pytest.fixture(scope="module")
