@@ -134,8 +134,15 @@ class RequestLimits:
         asked = int(text) / 1_000
         if asked == 0:
             self._tell("deadline", Decision.TIMED_OUT)
-            raise OperationTimeoutError("the caller's time was up when the request came")
+            raise _too_late("the caller's time was up when the request came", by_caller=True)
         return min(asked, self._timeout_s), asked < self._timeout_s
+
+
+def _too_late(text: str, *, by_caller: bool) -> OperationTimeoutError:
+    """The error of a request whose time is up; a time that the caller chose is no fault of ours."""
+    error = OperationTimeoutError(text)
+    error.refusal = by_caller
+    return error
 
 
 class _Time:
@@ -169,9 +176,8 @@ class _Time:
             scope.leave()
             if scope.cut(error):
                 self._tell("deadline", Decision.TIMED_OUT)
-                raise OperationTimeoutError(
-                    f"the request was not done within {self._seconds:g} s"
-                ) from error
+                text = f"the request was not done within {self._seconds:g} s"
+                raise _too_late(text, by_caller=not self._counts) from error
             raise
         if scope.leave():
             self._tell_late(Decision.OVERRUN)

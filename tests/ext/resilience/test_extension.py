@@ -113,6 +113,17 @@ def test_a_caller_may_lower_it(clock, header, status, left):
         assert answer.json == {"left": left}
 
 
+def test_a_time_that_the_caller_chose_is_no_fault(clock, caplog):
+    """Clients with little time fill no log with tracebacks and alarm no error tracker."""
+    client = make_app(REQUEST_TIMEOUT=7).test_client()
+    for header in ("0", "500"):
+        late = client.get("/sleep/3", headers={"X-Request-Timeout-Ms": header})
+        assert late.status_code == 504
+    assert "Traceback" not in caplog.text  # refusals are one line a second
+    assert client.get("/sleep/9").status_code == 504
+    assert "Traceback" in caplog.text
+
+
 @pytest.mark.parametrize("header", ["soon", "-1", "1.5", "1e3", "9" * 40, "\u0663"])
 @pytest.mark.parametrize("handler", [True, False])
 def test_a_header_that_is_no_number_is_named(handler, header):
