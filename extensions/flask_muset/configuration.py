@@ -1,5 +1,6 @@
 """How the extensions read their part of an app's configuration: once, checked, all by name."""
 
+import math
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ __all__ = [
     "AT_LEAST_ONE",
     "AT_LEAST_ZERO",
     "COUNT",
+    "EXCEPTIONS",
     "SHARE",
     "Key",
     "check",
@@ -35,7 +37,12 @@ class Key(NamedTuple):
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
+
+
+def _is_exception(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, BaseException)
 
 
 # --- Arguments of the building blocks -------------------------------------------------------------
@@ -47,6 +54,15 @@ COUNT = Key(
     None,
     lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 1,
     "a whole number of at least 1",
+)
+EXCEPTIONS = Key(
+    None,
+    lambda v: (
+        (isinstance(v, tuple) and all(map(_is_exception, v)))
+        or _is_exception(v)
+        or (callable(v) and not isinstance(v, type))
+    ),
+    "exception classes or a function of the exception",
 )
 SHARE = Key(None, lambda v: _is_number(v) and 0 < v <= 1, "above 0 and at most 1")
 

@@ -8,10 +8,10 @@ the next.
 
 import contextvars
 import itertools
+import logging
 import os
 import re
 import secrets
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ from flask import Flask, current_app, has_app_context, has_request_context, requ
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
+from flask_muset.locks import is_patched
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -43,10 +44,12 @@ __all__ = [
     "request_id",
     "spawn",
     "state",
+    "tell",
     "translate_with",
     "translations",
 ]
 
+_log = logging.getLogger(__name__)
 REQUEST_ID_KEY = "flask_muset.request_id"
 _EXTENSION = "flask_muset.context"
 _TRANSLATIONS = "flask_muset.translations"
@@ -398,7 +401,15 @@ def emit(signal: Signal, event: object) -> None:
     """Send an event from the current app, or from None outside of one."""
     if signal.receivers:
         sender = current_app._get_current_object() if has_app_context() else None  # type: ignore[attr-defined]
+        tell(signal, sender, event)
+
+
+def tell(signal: Signal, sender: Flask | None, event: object) -> None:
+    """Send an event. A listener that raises is logged: it must not change what it listens to."""
+    try:
         signal.send(sender, event=event)
+    except Exception:  # noqa: BLE001 - whatever it is, it is not the caller's
+        _log.exception("a listener of the signal %r failed", signal.name)  # type: ignore[attr-defined]
 
 
 # --- Work beside the request ----------------------------------------------------------------------
@@ -419,16 +430,15 @@ def spawn(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         A gevent Greenlet where gevent has patched the process, else a started daemon thread.
     """
     variables = contextvars.copy_context()
-    left = deadline.remaining()
 
     def run() -> Any:
-        if left is None:
+        block = deadline.anew()
+        if block is None:
             return fn(*args, **kwargs)
-        with deadline.anew(left):
+        with block:
             return fn(*args, **kwargs)
 
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("threading"):
+    if is_patched():
         import gevent
 
         return gevent.spawn(variables.run, run)

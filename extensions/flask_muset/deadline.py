@@ -19,12 +19,13 @@ import math
 import os
 import sys
 import threading
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import OperationTimeoutError
+from flask_muset.locks import is_patched
 
 __all__ = ["Expired", "Scope", "deadline"]
 
@@ -56,7 +57,16 @@ class Scope:
             deadline that a caller chose: it says nothing about the dependency.
     """
 
-    __slots__ = ("_greenlet", "_timers", "_token", "at", "counts", "expired", "seconds")
+    __slots__ = (
+        "_greenlet",
+        "_outer",
+        "_timers",
+        "at",
+        "counts",
+        "expired",
+        "is_running",
+        "seconds",
+    )
 
     def __init__(self, seconds: float, *, counts: bool = True) -> None:
         self.seconds = seconds
@@ -64,7 +74,9 @@ class Scope:
         self.at = math.inf
         #: What was thrown, None while there is time.
         self.expired: Expired | None = None
-        self._token: Token[Scope | None] | None = None
+        #: Whether it was entered, was not covered by an outer one, and has not ended.
+        self.is_running = False
+        self._outer: Scope | None = None
         self._timers: _Timers | None = None
         self._greenlet: Any = None
 
@@ -72,31 +84,46 @@ class Scope:
         """Begin; the time of an outer deadline that ends earlier holds."""
         at = SYSTEM.now() + self.seconds
         outer = _current.get()
-        if outer is not None and outer.at <= at:
-            return
+        if outer is not None:
+            # One that was left out of order, as in a generator that goes on, no longer holds.
+            while outer is not None and not outer.is_running:
+                outer = outer._outer
+            if outer is not None and outer.at <= at:
+                return
         self.at = at
-        self._token = _current.set(self)
+        self.expired = None
+        self._outer = outer
         timers = _timers()
         if timers is not None:
-            self._timers = timers
             timers.start(self)
+            self._timers = timers
+        self.is_running = True
+        _current.set(self)
 
-    def leave(self) -> bool:
-        """End; whether the time was up."""
-        token = self._token
-        if token is None:
-            return False
-        self._token = None
-        _current.reset(token)
+    def leave(
+        self, error: BaseException | None = None
+    ) -> tuple[OperationTimeoutError | None, bool]:
+        """End.
+
+        Args:
+            error: What ended the work, None if it returned.
+
+        Returns:
+            What is to be raised because this deadline has cut the work off, else None; and whether
+            the work ended too late without having been cut off.
+        """
+        if not self.is_running:
+            return None, False
+        self.is_running = False
         if self._timers is not None:
             self._timers.stop()
             self._timers = None
-        return SYSTEM.now() > self.at + _TOLERANCE_S
-
-    @property
-    def is_running(self) -> bool:
-        """Whether it was entered, was not covered by an outer one, and has not ended."""
-        return self._token is not None
+        if _current.get() is self:
+            _current.set(self._outer)
+        expired = self.expired
+        if expired is not None and (error is expired or isinstance(error, Exception)):
+            return self.error(), False
+        return None, SYSTEM.now() > self.at + _TOLERANCE_S
 
     def expire(self) -> Expired:
         """Mark the time as up and return what is thrown."""
@@ -104,18 +131,10 @@ class Scope:
         return self.expired
 
     def error(self) -> OperationTimeoutError:
-        """What a caller gets."""
-        return OperationTimeoutError(f"not done within {self.seconds:g} s")
-
-    def cut(self, error: BaseException | None) -> bool:
-        """Whether an exception is due to this deadline: its own, or what became of it."""
-        expired = self.expired
-        return expired is not None and (error is expired or isinstance(error, Exception))
-
-
-def _is_patched() -> bool:
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched("time"))
+        """What a caller gets; for a time that a caller chose it is a refusal, nobody's fault."""
+        error = OperationTimeoutError(f"not done within {self.seconds:g} s")
+        error.refusal = not self.counts
+        return error
 
 
 def _timers() -> "_Timers | None":
@@ -126,13 +145,21 @@ def _timers() -> "_Timers | None":
     hub = local.get_hub_if_exists()
     if hub is None:
         # gevent's own native threads have no hub and must not get one.
-        if not _is_patched() or threading.main_thread() is not threading.current_thread():
+        if not is_patched() or threading.main_thread() is not threading.current_thread():
             return None
         hub = local.get_hub()
     timers: _Timers | None = hub.__dict__.get("_flask_muset_timers")
     if timers is None or timers.pid != os.getpid():
         timers = hub._flask_muset_timers = _Timers(hub)
     return timers
+
+
+def _running() -> Scope | None:
+    """The innermost deadline that holds."""
+    scope = _current.get()
+    while scope is not None and not scope.is_running:
+        scope = scope._outer
+    return scope
 
 
 class _Timers:
@@ -217,9 +244,9 @@ class _Block:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        self._scope.leave()
-        if self._scope.cut(error):
-            raise self._scope.error() from error
+        ours, _ = self._scope.leave(error)
+        if ours is not None:
+            raise ours from error
 
     async def __aenter__(self) -> Scope:
         import asyncio  # only where it runs already
@@ -236,15 +263,13 @@ class _Block:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        scope = self._scope
-        scope.leave()
+        ours, _ = self._scope.leave(error)
         try:
             await self._cut.__aexit__(kind, error, traceback)
         except TimeoutError:
-            scope.expire()
-            raise scope.error() from error
-        if scope.cut(error):
-            raise scope.error() from error
+            ours = self._scope.error()
+        if ours is not None:
+            raise ours from error
 
 
 class _Deadline:
@@ -260,18 +285,29 @@ class _Deadline:
         Raises:
             ValueError: `seconds` is negative or no number.
         """
-        if not seconds >= 0:
-            raise ValueError(f"a deadline must be at least 0 seconds, got {seconds!r}.")
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"a deadline must be at least 0 seconds and finite, got {seconds!r}.")
         return _Block(Scope(seconds, counts=counts))
 
-    def anew(self, seconds: float) -> _Block:
-        """A deadline in a greenlet that has inherited one: only its own can cut it off."""
+    def anew(self) -> _Block | None:
+        """The inherited deadline again, in a greenlet that only one of its own can cut off.
+
+        Returns:
+            None where none was inherited.
+        """
+        scope = _running()
         _current.set(None)
-        return self(seconds)
+        if scope is None:
+            return None
+        return self(max(0.0, scope.at - SYSTEM.now()), counts=scope.counts)
+
+    def can_cut(self) -> bool:
+        """Whether work that waits can be cut off here."""
+        return SYSTEM.is_virtual or _timers() is not None
 
     def remaining(self) -> float | None:
         """Seconds that are left, at least 0; None without a deadline."""
-        scope = _current.get()
+        scope = _running()
         return None if scope is None else max(0.0, scope.at - SYSTEM.now())
 
     def check(self) -> None:
@@ -280,13 +316,13 @@ class _Deadline:
         Raises:
             OperationTimeoutError: The time is up.
         """
-        scope = _current.get()
+        scope = _running()
         if scope is not None and SYSTEM.now() >= scope.at:
             raise scope.error()
 
     def current(self) -> Scope | None:
         """The deadline that ends first, None without one."""
-        return _current.get()
+        return _running()
 
 
 deadline = _Deadline()

@@ -9,10 +9,11 @@ Under other workers the request is counted when the app gets it.
 from collections.abc import Iterable
 from contextvars import ContextVar
 from enum import Enum
+from typing import NamedTuple
 
 from flask_muset.locks import give_lock
 
-__all__ = ["GATE", "Gate", "Paths", "Verdict", "arrived"]
+__all__ = ["GATE", "Arrival", "Gate", "Paths", "Verdict", "arrived"]
 
 #: The key of an app's gate in `app.extensions`.
 GATE = "flask_muset.gate"
@@ -26,8 +27,22 @@ class Verdict(Enum):
     REFUSED = "refused"
 
 
-#: What the worker's gate has said of the current request, None where no worker asks one.
-arrived: ContextVar[Verdict | None] = ContextVar("flask_muset.arrived", default=None)
+class Arrival(NamedTuple):
+    """A request that the worker has passed through a gate.
+
+    Attributes:
+        gate: Whose verdict it is.
+        verdict: What it said.
+        at: `SYSTEM.now()` when the head of the request was read.
+    """
+
+    gate: "Gate"
+    verdict: Verdict
+    at: float
+
+
+#: The current request's arrival, None where no worker notes it.
+arrived: ContextVar[Arrival | None] = ContextVar("flask_muset.arrived", default=None)
 
 
 class Paths:

@@ -5,22 +5,38 @@ nobody ever contends for one, and a lock that was made before gevent patched can
 greenlets in nor stop the process. Nothing may be called under one that could switch greenlets.
 """
 
-import _thread
+import _thread  # noqa: F401 - `original` looks it up
 import os
 import sys
 import weakref
 from typing import Any
 
-__all__ = ["give_lock"]
+__all__ = ["give_lock", "is_patched", "original"]
 
 _owners: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def _allocate() -> Any:
+def is_patched(module: str = "threading") -> bool:
+    """Whether gevent has patched a module of the standard library in this process."""
+    monkey = sys.modules.get("gevent.monkey")
+    return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def original(module: str, name: str) -> Any:
+    """What the operating system gives, patched or not.
+
+    Args:
+        module: Name of an imported module of the standard library.
+        name: Of its attribute.
+    """
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None:
-        return _thread.allocate_lock()
-    return monkey.get_original("_thread", "allocate_lock")()
+        return getattr(sys.modules[module], name)
+    return monkey.get_original(module, name)
+
+
+def _allocate() -> Any:
+    return original("_thread", "allocate_lock")()
 
 
 def give_lock(owner: Any) -> None:

@@ -34,7 +34,6 @@ import logging
 import math
 import os
 import select
-import sys
 import threading
 import weakref
 from collections import deque
@@ -65,7 +64,7 @@ from flask_muset.errors import (
     OperationTimeoutError,
     OverloadedError,
 )
-from flask_muset.locks import give_lock
+from flask_muset.locks import give_lock, is_patched, original
 from flask_muset.signals import LinkEvent, redis_link_changed
 
 __all__ = ["GuardedRedis", "Script"]
@@ -378,7 +377,7 @@ class _Slot:
         connection.socket_timeout = connection.socket_connect_timeout = limit_s
         connection.connect()
         self._is_limited = limit_s is not None
-        poll = _original("select", "poll")()
+        poll = original("select", "poll")()
         poll.register(connection._sock, select.POLLIN)
         self._poll = poll.poll
 
@@ -654,11 +653,11 @@ class _Link:
         self.state = _UP
         self._budget_s = budget_s
         self._make = make
-        self._is_patched = _is_patched("socket")
+        self._is_patched = is_patched("socket")
         make_event = _gevent_event if self._is_patched else threading.Event
         self.pool = _Pool(max_connections, make, make_event)
         self._closed = make_event()
-        self._get_ident = _original("_thread", "get_ident")
+        self._get_ident = original("_thread", "get_ident")
         self._thread = self._get_ident() if self._is_patched else None
         #: Goes up with the link: a call that began before says nothing about the new time.
         self._epoch = 0
@@ -861,20 +860,6 @@ def _exchange(
 
 
 # --- Where gevent is ------------------------------------------------------------------------------
-
-
-def _is_patched(module: str) -> bool:
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched(module))
-
-
-def _original(module: str, name: str) -> Callable[..., Any]:
-    """The operating system's, patched or not."""
-    monkey = sys.modules.get("gevent.monkey")
-    found: Callable[..., Any] = (
-        getattr(sys.modules[module], name) if monkey is None else monkey.get_original(module, name)
-    )
-    return found
 
 
 def _gevent_event() -> Any:

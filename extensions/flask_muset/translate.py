@@ -25,6 +25,7 @@ from flask_muset.errors import (
     NetworkError,
     NotFoundError,
     OperationTimeoutError,
+    OverloadedError,
     RateLimitError,
     ValidationError,
 )
@@ -60,6 +61,8 @@ CLASSES: Mapping[ErrorCategory, type[MusetError]] = {
 }
 
 _MAX_FIELD_ERRORS = 100
+#: A longer Retry-After is a mistake: nobody waits for a month.
+_MAX_RETRY_AFTER_S = 30.0 * 86_400
 
 
 def translate(exception: BaseException, own: Mapping[type, Translation]) -> MusetError:
@@ -262,6 +265,11 @@ def _database_busy(exception: Any) -> MusetError:
     return DatabaseError(str(exception), unavailable=True)
 
 
+def _pool_is_full(exception: Any) -> MusetError:
+    """All connections of a pool of ours are in use, which says nothing about the other side."""
+    return OverloadedError(str(exception))
+
+
 def _integrity(exception: Any) -> MusetError:
     """A value that is taken or still referred to is the caller's; a missing one is our fault."""
     original = getattr(exception, "orig", None) or exception
@@ -288,12 +296,12 @@ def retry_after_s(headers: Any) -> float | None:
     if not value:
         return None
     if value.isascii() and value.isdigit():
-        return float(value)
+        return min(float(value), _MAX_RETRY_AFTER_S)
     at, sent = parse_date(value), parse_date(headers.get("Date"))
     if at is None:
         return None
     now = SYSTEM.wall() if sent is None else sent.timestamp()
-    return max(0.0, at.timestamp() - now)
+    return min(max(0.0, at.timestamp() - now), _MAX_RETRY_AFTER_S)
 
 
 def _upstream(exception: Any) -> MusetError:
@@ -352,7 +360,7 @@ _KNOWN: Mapping[str, Translation] = {
     # databases
     "sqlalchemy.exc.IntegrityError": _integrity,
     "sqlalchemy.exc.DBAPIError": _database,
-    "sqlalchemy.exc.TimeoutError": _database_busy,
+    "sqlalchemy.exc.TimeoutError": _pool_is_full,
     "sqlalchemy.exc.DisconnectionError": _database_busy,
     "sqlalchemy.orm.exc.StaleDataError": ErrorCategory.CONFLICT,
     "sqlalchemy.exc.SQLAlchemyError": ErrorCategory.DATABASE,
@@ -367,6 +375,7 @@ _KNOWN: Mapping[str, Translation] = {
     "redis.exceptions.ConnectionError": _NETWORK,
     "redis.exceptions.RedisError": _EXTERNAL,
     # HTTP clients
+    "httpx.PoolTimeout": _pool_is_full,
     "httpx.TimeoutException": _TIMEOUT,
     "httpx.NetworkError": _NETWORK,
     "httpx.ProxyError": _NETWORK,
@@ -388,6 +397,7 @@ _KNOWN: Mapping[str, Translation] = {
     "urllib3.exceptions.ProtocolError": _NETWORK,
     "urllib3.exceptions.SSLError": _NETWORK,
     "urllib3.exceptions.ProxyError": _NETWORK,
+    "urllib3.exceptions.EmptyPoolError": _pool_is_full,
     "urllib3.exceptions.PoolError": _NETWORK,
     "urllib3.exceptions.LocationParseError": ErrorCategory.INTERNAL,
     "urllib3.exceptions.HTTPError": _EXTERNAL,

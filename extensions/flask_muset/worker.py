@@ -23,14 +23,18 @@ from typing import Any
 
 import gevent
 from gevent.hub import Waiter
+from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
 from flask_muset import load
+from flask_muset.clock import SYSTEM
 
 __all__ = ["FairGeventWorker", "draining"]
 
 #: How long the line is served between two looks at the sockets, in seconds.
 _TURN_S = 0.005
+#: How long a client may take over one piece of a request or of an answer, in seconds.
+_STALL_S = 60.0
 _draining = False
 
 
@@ -55,6 +59,14 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         super().init_signals()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
+    def handle(self, listener: Any, client: Any, addr: Any) -> None:
+        """Serve a connection; one that takes or gives nothing for long is closed.
+
+        Else clients that do not read their answers could hold all places of a worker for ever.
+        """
+        client.settimeout(_STALL_S)
+        AsyncWorker.handle(self, listener, client, addr)
+
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Wait in line, then serve.
 
@@ -66,7 +78,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
             self._line.wait()
             return super().handle_request(listener_name, req, sock, addr)
         verdict = gate.arrive(req.path)
-        load.arrived.set(verdict)
+        load.arrived.set(load.Arrival(gate, verdict, SYSTEM.now()))
         try:
             if verdict is load.Verdict.ADMITTED:
                 self._line.wait()

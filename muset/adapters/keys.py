@@ -98,7 +98,11 @@ class SqliteKeyStore:
     def find(self, prefix: str) -> Sequence[KeyRecord]:
         """All keys with this prefix, revoked and expired ones too."""
         query = _query().where(Key.prefix == prefix)
-        return self._database.read(lambda c: [_record(row) for row in c.execute(query)])
+        # Past the policy: an operator who has forced the database's breaker open must be able to
+        # undo it, and that needs a key.
+        return self._database.read(
+            lambda c: [_record(row) for row in c.execute(query)], guarded=False
+        )
 
     def list(self) -> Sequence[KeyRecord]:
         """All keys, the newest last."""

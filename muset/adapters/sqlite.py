@@ -10,13 +10,17 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any, TypeVar
+from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event, text
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
+from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.errors import DatabaseError
+from flask_muset.locks import is_patched
 from flask_muset.translate import translate
 from muset.ports import CallPolicy
 
@@ -26,9 +30,36 @@ T = TypeVar("T")
 
 _CONNECTIONS = 8
 _POOL_WAIT_S = 5.0
+_PROBE_HOLDS_S = 1.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
+
+
+#: An interrupt does nothing between two statements, so it is repeated until the work has ended.
+_CANCEL_AGAIN_S = 0.02
+
+
+class _Unit:
+    """A unit of work that may be cancelled: at its next statement, and before it is kept.
+
+    Args:
+        raw: The connection that it runs on.
+    """
+
+    def __init__(self, raw: sqlite3.Connection) -> None:
+        self._raw = raw
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """End it; called by whoever waits for it."""
+        self._is_cancelled = True
+        self._raw.interrupt()
+
+    def check(self, *_: object) -> None:
+        """Raise if it is cancelled; nothing of it is kept then."""
+        if self._is_cancelled:
+            raise sqlite3.OperationalError("interrupted")
 
 
 def is_outage(error: BaseException) -> bool:
@@ -37,31 +68,28 @@ def is_outage(error: BaseException) -> bool:
     return isinstance(known, DatabaseError) and known.unavailable
 
 
+#: Runs work that blocks; the second is called until the work has ended if it is cut off.
 Run = Callable[[Callable[[], Any], Callable[[], None]], Any]
 
 
-def _run_direct(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
+def _run_direct(work: Callable[[], T], cancel: Callable[[], None]) -> T:
     return work()
 
 
 def _runner() -> Run:
     """How work that blocks is run in this process."""
-    try:
-        from gevent import get_hub, monkey
-    except ImportError:
+    if not is_patched():
         return _run_direct
-    if not monkey.is_module_patched("threading"):
-        return _run_direct
+    from gevent import get_hub
 
-    def run(work: Callable[[], T], interrupt: Callable[[], None]) -> T:
+    def run(work: Callable[[], T], cancel: Callable[[], None]) -> T:
         task = get_hub().threadpool.spawn(_outcome, work)
         try:
             kind, value = task.get()
         except BaseException:
-            # Cut off by a timeout: the thread still uses the connection, so end its statement and
-            # wait for that before somebody else may have it.
-            interrupt()
-            _wait_for_end(task)
+            # Cut off by a timeout: the thread still uses the connection, so end its work and wait
+            # for that before somebody else may have it.
+            _wait_for_end(task, cancel)
             raise
         if kind:
             return value  # type: ignore[no-any-return]
@@ -70,11 +98,12 @@ def _runner() -> Run:
     return run
 
 
-def _wait_for_end(task: Any) -> None:
-    """Wait without an end of our own; an interrupted statement ends at its next step."""
+def _wait_for_end(task: Any, cancel: Callable[[], None]) -> None:
+    """Wait without an end of our own; whatever else cuts in, the first reason is raised."""
     while not task.ready():
         try:
-            task.wait()
+            cancel()
+            task.wait(_CANCEL_AGAIN_S)
         except BaseException:  # noqa: BLE001, S112 - the first one is raised when the thread ends
             continue
 
@@ -108,7 +137,8 @@ class Database:
 
     Args:
         url: `sqlite:///<path>`.
-        policy: Guards each unit of work; one that failed has changed nothing and may be repeated.
+        policy: Guards each unit of work. One that failed, or was cut off before it was committed,
+            has changed nothing and may be repeated.
     """
 
     name = "database"
@@ -121,6 +151,8 @@ class Database:
         self._engine: Engine | None = None
         self._run: Run = _run_direct
         self._write_lock = threading.Lock()
+        self._probing: Any = None
+        self._probed_at = 0.0
 
     def _open(self) -> Engine:
         if self._engine is None or self._pid != os.getpid():
@@ -135,11 +167,19 @@ class Database:
             event.listen(engine, "connect", _prepare)
             self._run = _runner()
             self._write_lock = threading.Lock()
+            self._probing = None
             self._engine, self._pid = engine, os.getpid()
         return self._engine
 
-    def read(self, work: Callable[[Connection], T]) -> T:
-        """Run `work` on one consistent view of the data."""
+    def read(self, work: Callable[[Connection], T], *, guarded: bool = True) -> T:
+        """Run `work` on one consistent view of the data.
+
+        Args:
+            work: Is given the connection.
+            guarded: False passes the policy by.
+        """
+        if not guarded:
+            return self._transaction(work, "BEGIN")
         result: T = self._policy.call(self._transaction, work, "BEGIN")
         return result
 
@@ -162,40 +202,63 @@ class Database:
         engine = self._open()
         deadline.check()
         with engine.connect() as connection:
+            raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+            unit = _Unit(raw)
+            event.listen(connection, "before_cursor_execute", unit.check)
 
-            def unit() -> T:
+            def run() -> T:
                 connection.exec_driver_sql(begin)
                 try:
                     result = work(connection)
+                    unit.check()
                 except BaseException:
-                    connection.exec_driver_sql("ROLLBACK")
+                    # SQLite may have rolled back by itself; that must not hide the reason.
+                    if raw.in_transaction:
+                        raw.rollback()
                     raise
                 connection.exec_driver_sql("COMMIT")
                 return result
 
-            raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
-            result: T = self._run(unit, raw.interrupt)
+            result: T = self._run(run, unit.cancel)
             return result
 
     def check(self, timeout_s: float) -> None:
         """Return if the database answers in time.
 
+        It asks on a connection of its own, and past the policy: a pool that is in use and a breaker
+        that is open say nothing of the database. Those who ask at once share one probe, and what it
+        found holds for a second.
+
         Raises:
             TimeoutError: It did not; the query may still be running.
+            sqlite3.Error: It answered with an error.
         """
         self._open()
         if self._run is _run_direct:
-            self._transaction(lambda c: c.execute(text("SELECT 1")).scalar_one(), "BEGIN")
+            self._probe()
             return
         import gevent
 
-        # Without the policy: a probe is one attempt, and asks an open breaker's database too.
-        probe = gevent.spawn(
-            self._transaction, lambda c: c.execute(text("SELECT 1")).scalar_one(), "BEGIN"
-        )
+        probe = self._probing
+        if probe is None or (probe.ready() and SYSTEM.now() >= self._probed_at + _PROBE_HOLDS_S):
+            probe = self._probing = gevent.spawn(_outcome, self._probe_in_thread)
         if not probe.ready() and not gevent.wait([probe], timeout=timeout_s):
             raise TimeoutError(f"the database did not answer within {timeout_s} s")
-        probe.get()
+        is_well, found = probe.value
+        if not is_well:
+            raise found
+
+    def _probe_in_thread(self) -> None:
+        try:
+            self._run(self._probe, lambda: None)
+        finally:
+            self._probed_at = SYSTEM.now()
+
+    def _probe(self) -> None:
+        path = make_url(self._url).database
+        # A file that is gone must not come back empty.
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
 
     def close(self) -> None:
         """Close the connections of this process."""

@@ -1,5 +1,6 @@
 """What operators read and change."""
 
+import logging
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify
@@ -7,13 +8,17 @@ from spectree import Response as Described
 
 from flask_muset.context import request_id
 from flask_muset.error_handler import recent_errors
-from flask_muset.errors import ConflictError, NotFoundError
+from flask_muset.errors import ConflictError, NotFoundError, ValidationError
 from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
 from muset.blueprints.auth import principal, require_admin
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import ErrorList, KeptError, PolicyIn, PolicyList, PolicyOut
 
 __all__ = ["blueprint"]
+
+_audit = logging.getLogger("muset.audit")
+# Whatever LOG_LEVEL is: what an operator changes is always written down.
+_audit.setLevel(logging.INFO)
 
 blueprint = Blueprint("admin", __name__, url_prefix="/api/v1/admin")
 blueprint.before_request(require_admin)
@@ -57,6 +62,8 @@ def change_policy(name: str) -> Response:
     """
     breaker = _breaker(name)
     body: PolicyIn = json_body()
+    if body.mode == "auto" and body.expires_s is not None:
+        raise ValidationError("auto has no end; leave expires_s out", field="expires_s")
     if body.mode == "open":
         breaker.force_open(body.expires_s)
     elif body.mode == "closed":
@@ -64,7 +71,7 @@ def change_policy(name: str) -> Response:
     else:
         breaker.reset()
     who = principal()
-    current_app.logger.warning(
+    _audit.info(
         "audit: policy %s set to %s%s by user %d with key %d, request %s",
         name,
         body.mode,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from flask import Request, current_app, g, request
+from flask import Request, current_app, request
 
 from flask_muset.errors import AuthenticationError, AuthorizationError
 from flask_muset.resilience import UNLIMITED
@@ -12,21 +12,33 @@ from muset.services.keys import KeyService
 __all__ = ["principal", "rate_limit_key", "require_admin", "require_key"]
 
 
+#: The key of the environment that the outcome of a request's look-up is kept under. Not in `g`,
+#: which may outlive the request where an app context is open already.
+_WHO = "muset.principal"
+
+
 def _authenticate(incoming: Request) -> Principal:
-    """Look the key up once for each request."""
-    if "_muset_principal" not in g:
+    """Look the key up, once for each request, whatever comes of it."""
+    found: Principal | AuthenticationError | None = incoming.environ.get(_WHO)
+    if found is None:
         header = incoming.authorization
         key = header.token if header is not None and header.type == "bearer" else None
         keys: KeyService = current_app.extensions["muset"].keys
-        g._muset_principal = keys.authenticate(key)
-    return principal()
+        try:
+            found = keys.authenticate(key)
+        except AuthenticationError as error:
+            found = error.with_traceback(None)
+        incoming.environ[_WHO] = found
+    if isinstance(found, AuthenticationError):
+        raise found
+    return found
 
 
 def rate_limit_key(incoming: Request) -> Any:
     """Whose limit a request counts against.
 
-    A valid key has its own; an invalid one counts against the client's address, so that guessing
-    keys is limited. The files of the docs page have no limit: one look at it takes ten of them.
+    A valid key has its own; an invalid one counts against the client's address, so that it cannot
+    be tried without end. The files of the docs page have no limit: one look at it takes ten.
     """
     if incoming.blueprint == "swagger_ui":
         return UNLIMITED
@@ -55,5 +67,5 @@ def require_admin() -> None:
 
 def principal() -> Principal:
     """Who sends the current request, after one of the two above."""
-    who: Principal = g._muset_principal
+    who: Principal = request.environ[_WHO]
     return who

@@ -149,6 +149,26 @@ assert max(gaps) < 0.3, max(gaps)
 for number in range(20):
     with gevent.Timeout(0.02, False):
         database.read(lambda c: c.execute(text(slow)).scalar_one())
+def inserts(connection):
+    for number in range(40):
+        values = f"('{number}', '2030-01-01')"
+        connection.execute(text("INSERT INTO users (email, created_at) VALUES " + values))
+        original_sleep(0.02)  # between two statements, where an interrupt is lost
+from gevent.monkey import get_original
+original_sleep = get_original("time", "sleep")
+began = time.monotonic()
+try:
+    with deadline(0.1):
+        database.write(inserts)
+except OperationTimeoutError:
+    pass
+assert time.monotonic() - began < 0.6, "a unit goes on after its deadline"
+assert database.read(lambda c: c.execute(text("SELECT count(*) FROM users")).scalar_one()) == 0
+busy = [gevent.spawn(database.read, lambda c: c.execute(text(slow)).scalar_one()) for _ in range(8)]
+gevent.sleep(0.05)
+for _ in range(5):
+    database.check(0.25)
+gevent.joinall(busy, raise_error=True)
 began = time.monotonic()
 endless = slow.replace("3000000", "3000000000")
 try:

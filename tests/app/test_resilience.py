@@ -227,7 +227,9 @@ def test_policies_are_listed_and_changed(make, clock, caplog):
         "parts": ["retry", "circuit_breaker"],
         "breaker": listed[1]["breaker"],
     }
-    with caplog.at_level(logging.WARNING, "muset"):
+    with caplog.at_level(logging.CRITICAL):
+        logging.getLogger("muset.audit").setLevel(logging.INFO)
+        caplog.handler.setLevel(logging.NOTSET)
         body = {"mode": "open", "expires_s": 30}
         changed = client.post(f"{url}/extractive", json=body, headers=who)
     assert changed.json["state"] == "forced_open"
@@ -255,8 +257,27 @@ def test_policies_are_for_admins(make):
     assert client.post(f"{url}/database", json=body, headers=member).status_code == 403
     assert client.post(f"{url}/nobody", json=body, headers=who).status_code == 404
     assert client.post(f"{url}/database", json={"mode": "ajar"}, headers=who).status_code == 422
-    bad = {"mode": "open", "expires_s": -1}
-    assert client.post(f"{url}/database", json=bad, headers=who).status_code == 422
+    for bad in ({"mode": "open", "expires_s": -1}, {"mode": "auto", "expires_s": 3}):
+        assert client.post(f"{url}/database", json=bad, headers=who).status_code == 422
+
+
+def test_an_operator_can_undo_what_he_did(make):
+    """With the database's breaker forced open, keys are still known and it can be closed again."""
+    _, client, who = make()
+    url = "/api/v1/admin/policies/database"
+    assert client.post(url, json={"mode": "open"}, headers=who).status_code == 200
+    assert client.get("/api/v1/documents", headers=who).status_code == 503
+    assert client.get("/health/ready").status_code == 200
+    assert client.post(url, json={"mode": "auto"}, headers=who).status_code == 200
+    assert client.get("/api/v1/documents", headers=who).status_code == 200
+
+
+def test_a_principal_is_of_its_own_request(make):
+    """With an app context open around them, the next request is not the one before."""
+    app, client, who = make()
+    with app.app_context():
+        assert client.get("/api/v1/admin/policies", headers=who).status_code == 200
+        assert client.get("/api/v1/admin/policies").status_code == 401
 
 
 def test_redis_is_not_needed(make, tmp_path):

@@ -164,7 +164,7 @@ class Httpx:
     timeouts = httpx.TimeoutException
     status_error = httpx.HTTPStatusError
     cut_errors = httpx.RemoteProtocolError
-    unsent = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+    unsent = (httpx.ConnectError, httpx.ConnectTimeout)
     guarded = PolicyTransport
 
     @contextmanager
@@ -973,3 +973,75 @@ def test_async_fallback(server):
 
     policy = Policy("p", [Fallback(made), retries()])
     assert request_async(policy, "GET", server.url) == (203, b"kept")
+
+
+_CUT = """
+import http.server, sys, threading
+from gevent import socket
+from flask_muset.resilience import Policy, RetryStrategy, Timeout
+seen = []
+def serve(listener):
+    while True:
+        connection, _ = listener.accept()
+        gevent.spawn(read, connection)
+def read(connection):
+    data = connection.recv(65536)
+    seen.append(data.split(b" ")[0].decode())
+    while connection.recv(65536): pass
+listener = socket.create_server(("127.0.0.1", 0))
+url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+gevent.spawn(serve, listener)
+policy = Policy("x", [RetryStrategy(2, 0.0), Timeout(0.1)])
+kinds = []
+if sys.argv[1] == "httpx":
+    import httpx
+    from flask_muset.resilience.httpx_transport import PolicyTransport
+    client = httpx.Client(transport=PolicyTransport(policy))
+else:
+    import requests
+    from flask_muset.resilience.requests_adapter import PolicyAdapter
+    client = requests.Session()
+    client.mount("http://", PolicyAdapter(policy))
+for method, headers in (("POST", {}), ("POST", {"Idempotency-Key": "k"}), ("GET", {})):
+    try:
+        client.request(method, url, headers=headers)
+    except Exception as error:
+        kinds.append([type(error).__name__, type(error.__cause__).__name__])
+    seen.append("|")
+result = ["".join(word[0] for word in seen), kinds]
+"""
+
+
+@pytest.mark.parametrize("library", ["httpx", "requests"])
+def test_a_time_out_of_ours_does_not_send_a_post_again(library):
+    """A POST that our own time-out cuts off was sent once; GET and one with a key are repeated."""
+    from patched import run_patched
+
+    seen, kinds = run_patched(_CUT, library)
+    assert seen == "P|PPP|GGG|"
+    assert kinds == [["RequestTimeoutError", "OperationTimeoutError"]] * 3
+
+
+def test_a_time_out_of_ours_does_not_send_a_post_again_under_asyncio():
+    """The same where asyncio cuts the task off."""
+    from flask_muset.resilience import Policy, RetryStrategy, Timeout
+
+    async def main():
+        seen = []
+
+        async def silent(reader, writer):
+            seen.append((await reader.read(65536)).split(b" ")[0])
+            await reader.read()
+            writer.close()
+
+        server = await asyncio.start_server(silent, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        policy = Policy("x", [RetryStrategy(2, 0.0), Timeout(0.1)])
+        async with httpx.AsyncClient(transport=AsyncPolicyTransport(policy)) as client:
+            for method in ("POST", "GET"):
+                with pytest.raises(httpx.TimeoutException):
+                    await client.request(method, url)
+        server.close()
+        return seen
+
+    assert asyncio.run(main()) == [b"POST", b"GET", b"GET", b"GET"]

@@ -42,7 +42,7 @@ def pool_error():
 @pytest.mark.parametrize(
     ("exception", "category", "status", "retryable"),
     [
-        (sa.exc.TimeoutError(), "database", 503, True),
+        (sa.exc.TimeoutError(), "rate_limit", 503, True),
         (sa.exc.InvalidRequestError("x"), "database", 500, False),
         (orm_exc.StaleDataError(), "conflict", 409, False),
         (sqlite3.ProgrammingError("x"), "database", 500, False),

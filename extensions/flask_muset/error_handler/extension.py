@@ -296,7 +296,7 @@ def _record(
             request_id=_id_of(incoming),
             exception=exception,
         )
-        error_handled.send(app, event=event)
+        context.tell(error_handled, app, event)
     _log(app, state, error, exception, incoming, fingerprint, secrets)
     if state.config.keep:
         _keep(state, error, exception, incoming, fingerprint, place, secrets)

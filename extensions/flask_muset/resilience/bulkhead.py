@@ -99,7 +99,8 @@ class Bulkhead(Part):
                 return
         seconds = self._seconds()
         waiter = _Parked()
-        if seconds > 0 and self._queue(waiter):
+        if seconds > 0:
+            self._queue(waiter)
             try:
                 given = waiter.wait(seconds)
             except BaseException:
@@ -117,7 +118,8 @@ class Bulkhead(Part):
                 return
         seconds = self._seconds()
         waiter = _Awaited()
-        if seconds > 0 and self._queue(waiter):
+        if seconds > 0:
+            self._queue(waiter)
             try:
                 given = await waiter.wait(seconds)
             except BaseException:
@@ -144,16 +146,15 @@ class Bulkhead(Part):
             return 0.0
         return seconds
 
-    def _queue(self, waiter: _Waiter) -> bool:
-        """Stand in line; False if a permit has become free meanwhile and was taken."""
+    def _queue(self, waiter: _Waiter) -> None:
+        """Stand in line; if a permit has become free meanwhile, the first in line has it."""
         with self._lock:
             self._line.append(waiter)
             if not self._free:
-                return True
+                return
             self._free -= 1
             first = self._line.popleft()
         first.wake()
-        return True
 
     def _give_up(self, waiter: _Waiter, *, give_back: bool = False) -> bool:
         """Leave the line; True if the permit came at the last moment."""

@@ -11,6 +11,7 @@ from flask_muset.configuration import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
     COUNT,
+    EXCEPTIONS,
     SHARE,
     Key,
     check,
@@ -64,9 +65,10 @@ class _Ticket:
 
     __slots__ = ("began", "era", "probe")
 
-    def __init__(self, era: int, began: float, probe: bool) -> None:
+    def __init__(self, era: int, began: float, probe: int = 0) -> None:
         self.era = era
         self.began = began
+        #: Number of the round of probes that it belongs to, 0 for a call that is none.
         self.probe = probe
 
 
@@ -75,8 +77,8 @@ class CircuitBreaker(Part):
 
     Closed: calls are let through and counted. Open: they are refused with `CircuitOpenError` until
     the open time has passed. Half-open: exactly `half_open_calls` calls are let through as probes,
-    all others refused; if all of them succeed it closes, if one fails it opens again. A probe that
-    has not ended within the open time is given up, and another one is let through.
+    all others refused; if so many succeed it closes, if one fails it opens again. When the open
+    time has passed once more without a verdict, as many others are let through.
 
     What counts as a failure is in the error table; an error that the table does not count (a 404, a
     422) shows that the dependency answers. Refusals by this process itself, exceptions in `ignore`
@@ -155,6 +157,7 @@ class CircuitBreaker(Part):
         self._until = 0.0
         self._opened_at: float | None = None
         self._admitted = self._succeeded = 0
+        self._round = 1
         self._forced_until = math.inf
         #: Until when it is open and refuses, so that refusing needs no lock.
         self._refuses_until = 0.0
@@ -184,11 +187,12 @@ class CircuitBreaker(Part):
             try:
                 result = inner(fn, args, kwargs)
             except BaseException as error:
-                self.leave(_Ticket(era, 0.0, False), error)
+                self.leave(_Ticket(era, 0.0), error)
                 raise
-            append(OK)
-            if self._streak:
-                self._end_streak(era)
+            if era == self._era:
+                append(OK)
+                if self._streak:
+                    self._end_streak(era)
             return result
 
         return guarded
@@ -213,16 +217,16 @@ class CircuitBreaker(Part):
             CircuitOpenError: It is open, or its probes are under way.
         """
         if self._is_plain:
-            return _Ticket(self._era, self._clock.now() if self._slow_s else 0.0, False)
+            return _Ticket(self._era, self._clock.now() if self._slow_s else 0.0)
         now = self._clock.now()
         with self._lock:
             changes = self._elapse(now)
             ticket, refused = None, False
             if self._state is _CLOSED:
-                ticket = _Ticket(self._era, now, False) if self.mode != "off" else None
+                ticket = _Ticket(self._era, now) if self.mode != "off" else None
             elif self._state is _HALF_OPEN and self._admitted < self._probes:
                 self._admitted += 1
-                ticket = _Ticket(self._era, now, True)
+                ticket = _Ticket(self._era, now, self._round)
             else:
                 refused = self._state is not _FORCED_CLOSED
             wait_s = self._left(now)
@@ -272,7 +276,7 @@ class CircuitBreaker(Part):
     def _give_back(self, token: _Ticket) -> None:
         if token.probe:
             with self._lock:
-                if token.era == self._era:
+                if token.era == self._era and token.probe == self._round:
                     self._admitted -= 1
 
     def _count(
@@ -331,9 +335,13 @@ class CircuitBreaker(Part):
         if self._state in (_FORCED_OPEN, _FORCED_CLOSED) and now >= self._forced_until:
             return self._close()
         if self._state in (_OPEN, _HALF_OPEN) and now >= self._until:
-            # Half-open again: the probes that are under way have had their time.
             self._until = now + self._open_s
-            return self._change(_HALF_OPEN)
+            if self._state is _OPEN:
+                return self._change(_HALF_OPEN)
+            # The probes that are under way have had their time: others may try. What those come to
+            # still counts, or a dependency that takes longer than this would never be well again.
+            self._admitted = 0
+            self._round += 1
         return []
 
     def _left(self, now: float) -> float:
@@ -439,11 +447,7 @@ _ALLOWED = {
     "half_open_calls": COUNT,
     "recovery_growth": AT_LEAST_ONE,
     "max_recovery_timeout": optional(ABOVE_ZERO),
-    "ignore": Key(
-        None,
-        lambda v: isinstance(v, tuple) or callable(v),
-        "exception classes or a function of the exception",
-    ),
+    "ignore": EXCEPTIONS,
     "mode": one_of("enforce", *_MODES),
 }
 

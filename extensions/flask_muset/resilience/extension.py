@@ -4,9 +4,10 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
-from flask import Flask, Request, Response, g, request
+from flask import Flask, Request, Response, request
 from werkzeug.exceptions import (
     BadRequest,
     GatewayTimeout,
@@ -37,6 +38,8 @@ __all__ = ["UNLIMITED", "Resilience", "error_recovery", "policies_of"]
 
 _KEY = "resilience"
 _PERIOD_S = 60.0
+#: The key of the environment that a request's hit is kept under.
+_HIT = "flask_muset.rate_limit"
 
 #: What a `rate_limit_key` function returns for a request that has no limit.
 UNLIMITED = object()
@@ -157,7 +160,10 @@ class Resilience:
         declared = parts or (RetryStrategy, CircuitBreaker)
         policy = Policy(name, [_undeclared(name, part) for part in declared])
         for app in self._apps:
-            self._bind(app, policy, app.extensions[_KEY].parts_of(policy, declared))
+            state: _State = app.extensions[_KEY]
+            state.policies[name] = state.parts_of(policy, declared)
+            policy.is_bound = True
+        self._bind(policy)
         self._declared[name] = policy, declared
         return policy
 
@@ -175,28 +181,35 @@ class Resilience:
                 f"{PREFIX}POLICIES: no policy {name!r} is declared; declare it before init_app, or "
                 f"use one of {sorted(self._declared)}."
             )
-        made = {
-            name: state.parts_of(policy, declared)
-            for name, (policy, declared) in self._declared.items()
-        }
+        for name, (policy, declared) in self._declared.items():
+            state.policies[name] = state.parts_of(policy, declared)
         context.attach(app, _KEY, "Resilience", state)
         self._apps.add(app)
-        for name, parts in made.items():
-            self._bind(app, self._declared[name][0], parts)
+        for policy, _ in self._declared.values():
+            policy.is_bound = True
+            self._bind(policy)
         if config.enabled:
             _guard_requests(app, config, self._rate_limit_key)
 
-    def _bind(self, app: Flask, policy: Policy, parts: tuple[Part, ...]) -> None:
-        state: _State = app.extensions[_KEY]
-        state.policies[policy.name] = parts
-        if not policy.is_bound:
-            policy.use(parts)
-        else:
-            policy.use_by(
-                lambda: context.state(_KEY, "Resilience").policies[policy.name],
-                [other.extensions[_KEY].policies[policy.name] for other in self._apps],
-            )
-        policy.is_bound = True
+    def _bind(self, policy: Policy) -> None:
+        """Let a policy guard with the parts of its apps; a single app's are used without a look."""
+        of_apps = [app.extensions[_KEY].policies[policy.name] for app in self._apps]
+        if len(of_apps) == 1:
+            policy.use(of_apps[0])
+        elif of_apps:
+            policy.use_by(self._current_parts(policy.name), of_apps)
+
+    def _current_parts(self, name: str) -> Callable[[], tuple[Part, ...]]:
+        def current() -> tuple[Part, ...]:
+            state: _State = context.state(_KEY, "Resilience")
+            if name not in state.policies:
+                raise RuntimeError(
+                    f"policy {name!r} is not of the current app; declare it on the Resilience "
+                    "instance that the app was set up with."
+                )
+            return state.policies[name]
+
+        return current
 
 
 def policies_of(app: Flask) -> dict[str, tuple[Part, ...]]:
@@ -313,7 +326,7 @@ def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> 
 
 def _tell(app: Flask, part: str, decision: Decision) -> None:
     if policy_decided.receivers:
-        policy_decided.send(app, event=PolicyEvent("request", part, decision))
+        context.tell(policy_decided, app, PolicyEvent("request", part, decision))
 
 
 def _limit_rate(
@@ -325,8 +338,9 @@ def _limit_rate(
     key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
     if key is UNLIMITED:
         return
-    hit = limiter.hit(f"address {request.remote_addr}" if key is None else f"key {key}")
-    g._muset_rate_limit = hit
+    hit = limiter.hit(f"address {_network(request.remote_addr)}" if key is None else f"key {key}")
+    # Not in `g`, which may outlive the request where an app context is open already.
+    request.environ[_HIT] = hit
     if hit.allowed:
         return
     if config.rate_limit_mode == "observe":
@@ -339,9 +353,19 @@ def _limit_rate(
     raise _plain(error) from error
 
 
+def _network(address: str | None) -> str:
+    """Whom an address stands for: of IPv6 the /64, which one subscriber has all of."""
+    if address is None or ":" not in address:
+        return str(address)
+    try:
+        return str(ip_network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address
+
+
 def _describe_limit(limiter: RateLimit, response: Response) -> Response:
     """The fields of draft-ietf-httpapi-ratelimit-headers."""
-    hit: Hit | None = g.get("_muset_rate_limit")
+    hit: Hit | None = request.environ.get(_HIT)
     if hit is not None:
         period, limit = limiter.period, limiter.limit
         response.headers["RateLimit-Policy"] = f'"default";q={limit};w={period:.0f}'
@@ -355,13 +379,16 @@ def _has_error_handler(app: Flask) -> bool:
 
 
 def _plain(error: MusetError) -> HTTPException:
-    """The error for an app without ErrorHandler: Werkzeug's, so that the app's handlers know it."""
+    """What this extension refuses, for an app without ErrorHandler.
+
+    They are Werkzeug's, so that the app's own handlers know them.
+    """
     wait = error.retry_after
     if error.status == 429:
         return TooManyRequests(retry_after=wait)
     if error.status == 503:
         return ServiceUnavailable(retry_after=wait)
-    return GatewayTimeout() if error.status == 504 else BadRequest(error.message)
+    return GatewayTimeout() if error.status == 504 else BadRequest(error.errors[0]["message"])
 
 
 def _answer(

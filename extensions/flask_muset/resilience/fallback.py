@@ -15,7 +15,7 @@ class Fallback(Part):
 
     Args:
         value_or_function: A value; a class such as `list`, called without arguments; or a function,
-            called with the exception if it takes an argument. Where the call is awaited, an
+            called with the exception if it requires an argument. Where the call is awaited, an
             awaitable that it returns is awaited too. In place of a generator, what is iterated.
         on: Classes of exceptions that are answered so. `BaseException` that is no `Exception`, such
             as a foreign `gevent.Timeout`, always passes.
@@ -71,12 +71,18 @@ class Fallback(Part):
 def _maker(value_or_function: Any) -> Callable[[Exception], Any]:
     if not callable(value_or_function):
         return lambda _error: value_or_function
-    takes_one = not isinstance(value_or_function, type)
-    if takes_one:
-        try:
-            inspect.signature(value_or_function).bind(None)
-        except (TypeError, ValueError):  # it takes none, or is a builtin that does not tell
-            takes_one = False
-    if not takes_one:
+    if isinstance(value_or_function, type) or not _requires_one(value_or_function):
         return lambda _error: value_or_function()
     return value_or_function  # type: ignore[no-any-return]
+
+
+def _requires_one(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # a builtin that does not tell
+        return False
+    return any(
+        parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        and parameter.default is parameter.empty
+        for parameter in parameters
+    )

@@ -5,10 +5,18 @@ serve plain functions, coroutine functions, generators and `with`. Layers hand o
 kwargs)`, so that a call is packed and unpacked once however many parts guard it.
 """
 
+import _thread
 import functools
 import inspect
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Generator,
+)
 from contextlib import aclosing, closing
 from contextvars import ContextVar
 from types import FunctionType, TracebackType
@@ -16,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from flask_muset import context
 from flask_muset.errors import MusetError
+from flask_muset.locks import is_patched
 from flask_muset.signals import Decision, PolicyEvent, policy_decided
 from flask_muset.translate import translate
 
@@ -27,6 +36,7 @@ __all__ = [
     "call_directly",
     "current_outcome",
     "error_of",
+    "is_coroutine_function",
     "is_plain",
     "refuse_asyncio_under_gevent",
 ]
@@ -39,8 +49,6 @@ AsyncCall = Callable[
 ]
 
 _NOTHING = object()
-#: Blocks that are entered in this context: the innermost, and those around it.
-_blocks: ContextVar[Any] = ContextVar("flask_muset.blocks", default=None)
 
 
 def call_directly(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -55,10 +63,12 @@ def error_of(exception: BaseException) -> MusetError:
     return translate(exception, context.translations())
 
 
-def _is_coroutine_function(fn: Callable[..., Any]) -> bool:
+def is_coroutine_function(fn: Callable[..., Any]) -> bool:
+    """Whether calling it gives an awaitable; of an object its `__call__` is looked at."""
     if type(fn) is FunctionType:
         return bool(fn.__code__.co_flags & inspect.CO_COROUTINE)
-    return inspect.iscoroutinefunction(fn)
+    call = getattr(type(fn), "__call__", None)  # noqa: B004 - the method itself is meant
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(call)
 
 
 def is_plain(fn: Callable[..., Any]) -> bool:
@@ -66,7 +76,7 @@ def is_plain(fn: Callable[..., Any]) -> bool:
     if type(fn) is FunctionType:
         return not fn.__code__.co_flags & _COLOURED
     return not (
-        inspect.iscoroutinefunction(fn)
+        is_coroutine_function(fn)
         or inspect.isgeneratorfunction(fn)
         or inspect.isasyncgenfunction(fn)
     )
@@ -79,8 +89,7 @@ def refuse_asyncio_under_gevent() -> None:
         RuntimeError: gevent has patched this process: the running loop is kept per thread there,
             so two greenlets would meet in one loop.
     """
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is not None and monkey.is_module_patched("threading"):
+    if is_patched():
         raise RuntimeError(
             "asyncio does not work in a process that gevent has patched; write a plain function "
             "(it gives way while it waits) and use flask_muset.resilience, without await."
@@ -92,6 +101,8 @@ class Guard:
 
     _chain: Call
     _async_chain: AsyncCall
+    #: The `with` blocks that are entered now: by whom, and what is given back.
+    _blocks: "list[tuple[Any, list[tuple[Part, Any]]]]"
 
     def call(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call a function; of a coroutine function return an awaitable, of a generator an iterator.
@@ -112,7 +123,7 @@ class Guard:
         fails then is the caller's to see.
         """
         wrapper: Callable[..., Any]
-        if _is_coroutine_function(fn):
+        if is_coroutine_function(fn):
 
             async def wrapper(*args: Any, **kwargs: Any) -> Any:
                 refuse_asyncio_under_gevent()
@@ -120,14 +131,15 @@ class Guard:
 
         elif inspect.isgeneratorfunction(fn):
 
-            def wrapper(*args: Any, **kwargs: Any) -> Iterator[Any]:
-                yield from self._generate(fn, args, kwargs)
+            def wrapper(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
+                return (yield from self._generate(fn, args, kwargs))
 
         elif inspect.isasyncgenfunction(fn):
 
             async def wrapper(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-                async for item in self._agenerate(fn, args, kwargs):
-                    yield item
+                async with aclosing(self._agenerate(fn, args, kwargs)) as items:
+                    async for item in items:
+                        yield item
 
         else:
             wrapper = self._plain(fn)
@@ -142,22 +154,23 @@ class Guard:
 
     def _generate(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Iterator[Any]:
+    ) -> Generator[Any, Any, Any]:
         def first() -> _Started:
             items = fn(*args, **kwargs)
             return _Started(items, next(items, _NOTHING))
 
         started = self._chain(first, (), {})
         if not isinstance(started, _Started):  # a fallback's
-            yield from started
-        elif started.item is not _NOTHING:
-            with closing(started.items):
-                yield started.item
-                yield from started.items
+            return (yield from started)
+        if started.item is _NOTHING:
+            return None
+        with closing(started.items):
+            yield started.item
+            return (yield from started.items)
 
     async def _agenerate(
         self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> AsyncIterator[Any]:
+    ) -> AsyncGenerator[Any, None]:
         async def first() -> _Started:
             items = fn(*args, **kwargs)
             return _Started(items, await anext(items, _NOTHING))
@@ -165,6 +178,10 @@ class Guard:
         refuse_asyncio_under_gevent()
         started = await self._async_chain(first, (), {})
         if not isinstance(started, _Started):  # a fallback's
+            if isinstance(started, AsyncIterable):
+                async for item in started:
+                    yield item
+                return
             for item in started:
                 yield item
         elif started.item is not _NOTHING:
@@ -192,7 +209,7 @@ class Guard:
         except BaseException as error:
             _leave(entered, error)
             raise
-        _blocks.set((entered, _blocks.get()))
+        self._blocks.append((_who(), entered))
         return self
 
     def __exit__(
@@ -201,14 +218,20 @@ class Guard:
         error: BaseException | None,
         _traceback: TracebackType | None,
     ) -> None:
-        entered, around = _blocks.get()
-        _blocks.set(around)
-        raised = _leave(entered, error)
+        raised = _leave(self._take_block(), error)
         if raised is not None and raised is not error:
             try:
                 raise raised from error
             finally:
                 del raised
+
+    def _take_block(self) -> "list[tuple[Part, Any]]":
+        """The newest block of whoever runs; a generator may be closed by somebody else."""
+        who, blocks = _who(), self._blocks
+        for i in range(len(blocks) - 1, -1, -1):
+            if blocks[i][0] == who:
+                return blocks.pop(i)[1]
+        return blocks.pop()[1]
 
 
 _COLOURED = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
@@ -222,9 +245,22 @@ class _Started(NamedTuple):
 
 
 def _leave(entered: "list[tuple[Part, Any]]", error: BaseException | None) -> BaseException | None:
+    """Leave all parts, whatever happens while one is left."""
     for part, token in reversed(entered):
-        error = part.leave(token, error) or error
+        try:
+            error = part.leave(token, error) or error
+        except BaseException as newer:  # noqa: BLE001 - raised by the caller when all are left
+            error = newer
     return error
+
+
+def _who() -> tuple[int, int]:
+    """The greenlet or thread, and the task of asyncio, that runs."""
+    greenlet, loops = sys.modules.get("greenlet"), sys.modules.get("asyncio.events")
+    runs = _thread.get_ident() if greenlet is None else id(greenlet.getcurrent())
+    if loops is None or loops._get_running_loop() is None:
+        return runs, 0
+    return runs, id(sys.modules["asyncio"].current_task())
 
 
 class Part(Guard):
@@ -245,6 +281,7 @@ class Part(Guard):
     owner: "Part | None" = None
 
     def __init__(self) -> None:
+        self._blocks = []
         self._chain = self.layer(call_directly)
         self._async_chain = self.async_layer(call_directly)
 

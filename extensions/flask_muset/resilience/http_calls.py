@@ -158,6 +158,8 @@ class Exchange(ABC, Generic[R]):
         """
         if not self._may_send:
             raise _SpentError("the request must not be sent again") from self._told
+        # Before anything is sent: what cuts the attempt off, as a time-out does, says nothing here.
+        self._may_send = self._is_idempotent and self.rewind()
         return self._take_answer()
 
     def left_s(self) -> float | None:
@@ -231,6 +233,8 @@ class Exchange(ABC, Generic[R]):
                 return answer
             if self._failure is not None:
                 return self._failure
+        if isinstance(error, _SpentError):
+            error = OperationTimeoutError("cut off after it was sent, and not to be sent again")
         if not isinstance(error, MusetError):
             return error
         ended = self.ended(error)

@@ -1,6 +1,7 @@
 """Several building blocks under one name, in an order that makes sense."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -15,7 +16,9 @@ from flask_muset.resilience.guards import (
     Part,
     call_directly,
     current_outcome,
+    is_coroutine_function,
     is_plain,
+    refuse_asyncio_under_gevent,
 )
 from flask_muset.resilience.rate_limit import RateLimit
 from flask_muset.resilience.retrying import RetryStrategy
@@ -71,6 +74,22 @@ class Outcome:
         elif decision not in (Decision.WOULD_REJECT, Decision.OVERRUN):
             self.decided_by, self.stop_reason = part.kind, decision.value
 
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take note of what is decided in the block, and of how it ends."""
+        token = current_outcome.set(self)
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - it is what the caller asked for
+            self.error = error
+            if self.decided_by is None:
+                self.stop_reason = "failed"
+        else:
+            if self.stop_reason != Decision.FELL_BACK:
+                self.decided_by, self.stop_reason = None, "succeeded"
+        finally:
+            current_outcome.reset(token)
+
     def result(self) -> Any:
         """The value, or the exception raised."""
         if self.error is not None:
@@ -99,12 +118,13 @@ class Policy(Guard):
         self.name = name
         #: Whether an app has its parts; the next one gets others like them.
         self.is_bound = False
+        self._blocks = []
         self._current: Callable[[], tuple[Part, ...]] | None = None
         self.use(parts)
 
     def use(self, parts: Sequence[Part]) -> None:
         """Guard with these parts from now on."""
-        self._own = tuple(parts)
+        self._own, self._current = tuple(parts), None
         for part in parts:
             part.name = part.name or self.name
         self._chain = chain(self._own)
@@ -152,37 +172,46 @@ class Policy(Guard):
         """Its circuit breaker, if it has one."""
         return breaker_of(self.parts)
 
-    def outcome(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Outcome:
-        """Call a plain function and say how it went; an `Exception` is returned, not raised.
+    def outcome(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Call a function and say how it went; an `Exception` is returned, not raised.
 
         Args:
-            fn: The function.
+            fn: A plain function, or a coroutine function.
             *args: Its arguments.
             **kwargs: Its keyword arguments.
 
+        Returns:
+            An `Outcome`, of a coroutine function an awaitable that gives one.
+
         Raises:
-            TypeError: It is no plain function.
+            TypeError: It is a generator, whose outcome is not known when it is called.
         """
+        if is_coroutine_function(fn):
+            return self._async_outcome(fn, args, kwargs)
         if not is_plain(fn):
-            raise TypeError(f"an outcome is of a plain function, got {fn!r}; use call.")
+            raise TypeError(f"a generator has no outcome while it runs, got {fn!r}; use call.")
         outcome = Outcome(parts=self.parts)
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             outcome.attempts += 1
             return fn(*args, **kwargs)
 
-        token = current_outcome.set(outcome)
-        try:
+        with outcome.taken():
             outcome.value = self._chain(counted, args, kwargs)
-        except Exception as error:  # noqa: BLE001 - it is what the caller asked for
-            outcome.error = error
-            if outcome.decided_by is None:
-                outcome.stop_reason = "failed"
-        else:
-            if outcome.stop_reason != Decision.FELL_BACK:
-                outcome.decided_by, outcome.stop_reason = None, "succeeded"
-        finally:
-            current_outcome.reset(token)
+        return outcome
+
+    async def _async_outcome(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Outcome:
+        outcome = Outcome(parts=self.parts)
+
+        async def counted(*args: Any, **kwargs: Any) -> Any:
+            outcome.attempts += 1
+            return await fn(*args, **kwargs)
+
+        refuse_asyncio_under_gevent()
+        with outcome.taken():
+            outcome.value = await self._async_chain(counted, args, kwargs)
         return outcome
 
 

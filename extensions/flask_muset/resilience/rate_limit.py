@@ -1,6 +1,8 @@
 """A limit on how often something happens, exact and with little to remember: GCRA."""
 
+import hashlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,8 +16,10 @@ from flask_muset.signals import Decision
 __all__ = ["Hit", "RateLimit"]
 
 _NS = 1_000_000_000
-#: Keys that are remembered; each is two numbers. With more, those that are free again are dropped.
+#: Keys that are remembered, some 20 MB; with more, the least recently hit one is forgotten.
 _MAX_KEYS = 100_000
+#: Longer keys are kept as a digest.
+_MAX_KEY_LENGTH = 64
 
 
 class Hit(NamedTuple):
@@ -63,7 +67,7 @@ class RateLimit(Part):
         self._interval = math.ceil(period * _NS / limit)
         self._burst = self._interval * limit
         #: By key the time in nanoseconds at which the whole limit is there again, oldest hit first.
-        self._free_at: dict[str, int] = {}
+        self._free_at: OrderedDict[str, int] = OrderedDict()
         give_lock(self)
         super().__init__()
 
@@ -75,6 +79,8 @@ class RateLimit(Part):
         Args:
             key: Whose limit it is.
         """
+        if len(key) > _MAX_KEY_LENGTH:
+            key = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
         now = self._clock.now_ns()
         after, over = self._take(key, now)
         if over > 0:
@@ -96,8 +102,9 @@ class RateLimit(Part):
             over = after - now - self._burst
             if over <= 0:
                 free_at[key] = after
-                if len(free_at) > _MAX_KEYS:
-                    self._drop(now)
+                free_at.move_to_end(key)
+                while len(free_at) > _MAX_KEYS:
+                    free_at.popitem(last=False)
         return after, over
 
     def layer(self, inner: Call) -> Call:
@@ -110,14 +117,6 @@ class RateLimit(Part):
             return inner(fn, args, kwargs)
 
         return limited
-
-    def _drop(self, now: int) -> None:
-        """Forget keys that are free again; if there are none, those that are so soonest."""
-        live = {key: at for key, at in self._free_at.items() if at > now}
-        if len(live) > _MAX_KEYS // 2:
-            latest = sorted(live.items(), key=lambda item: item[1])[-_MAX_KEYS // 2 :]
-            live = dict(latest)
-        self._free_at = live
 
     def enter(self) -> None:
         """Let a call begin.

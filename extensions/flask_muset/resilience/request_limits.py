@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from werkzeug.wsgi import FileWrapper
+
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import Scope
 from flask_muset.errors import (
@@ -71,52 +73,69 @@ class RequestLimits:
         """Serve one request."""
         if environ.get("PATH_INFO", "") in self._exempt:
             return self._wsgi_app(environ, start_response)
-        gate = self._gate
+        arrival, gate = arrived.get(), self._gate
+        began = SYSTEM.now() if arrival is None else arrival.at
         if gate is None:
-            return self._bounded(environ, start_response, None)
-        verdict = arrived.get()
-        # Under a worker that counts, the place is given up when the worker is done.
-        depart = gate.depart if verdict is None else None
-        if verdict is None:
-            verdict = gate.arrive(environ.get("PATH_INFO", ""))
+            return self._bounded(environ, start_response, began, None)
+        if arrival is not None and arrival.gate is gate:
+            # The worker counts, and gives the place up when it is done.
+            verdict, depart = arrival.verdict, None
+        else:
+            verdict, depart = gate.arrive(environ.get("PATH_INFO", "")), gate.depart
         if verdict is Verdict.REFUSED:
-            self._tell("concurrency", Decision.REJECTED)
-            error = OverloadedError(
-                f"{gate.limit} requests are under way in this process",
-                retry_after=math.ceil(SYSTEM.uniform(0.0, _MAX_RETRY_AFTER_S)) or 1,
-            )
-            return self._refuse(error, environ, start_response)
-        if self._gate_mode == "observe" and gate.in_flight > gate.limit:
-            self._tell("concurrency", Decision.WOULD_REJECT)
-        return self._bounded(environ, start_response, depart)
+            return self._shed(gate, environ, start_response)
+        try:
+            if self._gate_mode == "observe" and gate.in_flight > gate.limit:
+                self._tell("concurrency", Decision.WOULD_REJECT)
+            return self._bounded(environ, start_response, began, depart)
+        except BaseException:
+            if depart is not None:
+                depart()
+            raise
+
+    def _shed(
+        self, gate: Gate, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
+        self._tell("concurrency", Decision.REJECTED)
+        error = OverloadedError(
+            f"{gate.limit} requests are under way in this process",
+            retry_after=math.ceil(SYSTEM.uniform(0.0, _MAX_RETRY_AFTER_S)) or 1,
+        )
+        return self._refuse(error, environ, start_response)
 
     def _bounded(
         self,
         environ: "WSGIEnvironment",
         start_response: "StartResponse",
+        began: float,
         depart: Callable[[], None] | None,
     ) -> Iterable[bytes]:
         """Serve it within its deadline; `depart` is called when all of it is over."""
+        if not self._timeout_s:
+            body = self._wsgi_app(environ, start_response)
+            return body if depart is None else _Body(body, None, depart)
+        held = _Held(start_response)
         try:
-            if not self._timeout_s:
-                body = self._wsgi_app(environ, start_response)
-                return body if depart is None else _Body(body, None, depart)
             seconds, by_caller = self._seconds(environ)
-            clock = _Time(seconds, self._timeout_mode, self._tell, counts=not by_caller)
-            body = clock.run(lambda: self._wsgi_app(environ, start_response))
-        except MusetError as error:
+            time = _Time(began, seconds, self._timeout_mode, self._tell, counts=not by_caller)
+            body = time.run(lambda: self._wsgi_app(environ, held))
+            if isinstance(body, list | tuple | environ.get("wsgi.file_wrapper", FileWrapper)):
+                # Whole, or a file that servers send unread if it comes as it is.
+                held.release()
+                return body if depart is None else _Body(body, None, depart)
+            chunks = iter(body)
+            try:
+                first = time.run(lambda: next(chunks, None))
+            except BaseException:
+                _close(body)
+                raise
+        except _OwnError as own:
+            answer = self._refuse(own.error, environ, start_response)
             if depart is not None:
                 depart()
-            return self._refuse(error, environ, start_response)
-        except BaseException:
-            if depart is not None:
-                depart()
-            raise
-        wrapper = environ.get("wsgi.file_wrapper")
-        is_file = wrapper is not None and isinstance(body, wrapper)
-        if is_file and depart is None:  # servers send a file unread if it comes as it is
-            return body  # type: ignore[no-any-return]
-        return _Body(body, clock, depart)
+            return answer
+        held.release()
+        return _Body(body, (first, chunks), depart)
 
     def _seconds(self, environ: "WSGIEnvironment") -> tuple[float, bool]:
         """The time that a request has, and whether its caller has lowered it."""
@@ -128,60 +147,93 @@ class RequestLimits:
             self._tell("deadline", Decision.WOULD_REJECT)
             return self._timeout_s, False
         if not well_formed:
-            raise ValidationError(
-                f"{_HEADER} must be a whole number of milliseconds", field=_HEADER, malformed=True
+            raise _OwnError(
+                ValidationError(
+                    f"{_HEADER} must be a whole number of milliseconds",
+                    field=_HEADER,
+                    malformed=True,
+                )
             )
         asked = int(text) / 1_000
-        if asked == 0:
-            self._tell("deadline", Decision.TIMED_OUT)
-            raise _too_late("the caller's time was up when the request came", by_caller=True)
         return min(asked, self._timeout_s), asked < self._timeout_s
 
 
-def _too_late(text: str, *, by_caller: bool) -> OperationTimeoutError:
-    """The error of a request whose time is up; a time that the caller chose is no fault of ours."""
-    error = OperationTimeoutError(text)
-    error.refusal = by_caller
-    return error
+class _OwnError(Exception):
+    """An error of this layer, not of the application: what leaves that is the application's."""
+
+    def __init__(self, error: MusetError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Held:
+    """`start_response` that waits for the first bytes: till then the answer may be another one."""
+
+    __slots__ = ("_call", "_start")
+
+    def __init__(self, start_response: "StartResponse") -> None:
+        self._start = start_response
+        self._call: tuple[Any, ...] | None = None
+
+    def __call__(
+        self, status: str, headers: list[tuple[str, str]], exc_info: Any = None
+    ) -> Callable[[bytes], object]:
+        self._call = status, headers, exc_info
+        return lambda data: self.release()(data)
+
+    def release(self) -> Callable[[bytes], object]:
+        """Begin the response."""
+        if self._call is None:
+            return lambda _data: None
+        return self._start(*self._call)
 
 
 class _Time:
-    """The deadline of one request, from the application's call to its first bytes."""
+    """The deadline of one request, from its arrival to its first bytes."""
 
     __slots__ = ("_at", "_counts", "_mode", "_seconds", "_tell", "_told")
 
-    def __init__(self, seconds: float, mode: str, tell: Tell, *, counts: bool) -> None:
+    def __init__(
+        self, began: float, seconds: float, mode: str, tell: Tell, *, counts: bool
+    ) -> None:
         self._seconds = seconds
         self._mode = mode
         self._tell = tell
         self._counts = counts
         self._told = False
-        self._at = SYSTEM.now() + seconds
+        self._at = began + seconds
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Do a part of the work within what is left.
 
         Raises:
-            OperationTimeoutError: The time is up.
+            _OwnError: The time is up.
         """
         if self._mode != "enforce":
             result = work()
             self._tell_late(Decision.WOULD_REJECT)
             return result
-        scope = Scope(max(0.0, self._at - SYSTEM.now()), counts=self._counts)
+        left_s = self._at - SYSTEM.now()
+        if left_s <= 0 and not self._told:
+            raise self._too_late()
+        scope = Scope(max(0.0, left_s), counts=self._counts)
         scope.enter()
         try:
             result = work()
         except BaseException as error:
-            scope.leave()
-            if scope.cut(error):
-                self._tell("deadline", Decision.TIMED_OUT)
-                text = f"the request was not done within {self._seconds:g} s"
-                raise _too_late(text, by_caller=not self._counts) from error
+            if scope.leave(error)[0] is not None:
+                raise self._too_late() from error
             raise
-        if scope.leave():
+        if scope.leave()[1]:
             self._tell_late(Decision.OVERRUN)
         return result
+
+    def _too_late(self) -> _OwnError:
+        self._tell("deadline", Decision.TIMED_OUT)
+        error = OperationTimeoutError(f"the request was not done within {self._seconds:g} s")
+        # A time that the caller chose is no fault of ours.
+        error.refusal = not self._counts
+        return _OwnError(error)
 
     def _tell_late(self, decision: Decision) -> None:
         if SYSTEM.now() > self._at and not self._told:
@@ -190,21 +242,25 @@ class _Time:
 
 
 class _Body:
-    """A response on its way to the server: its first bytes are within the deadline too."""
+    """A response on its way to the server."""
 
-    __slots__ = ("_clock", "_depart", "_inner")
+    __slots__ = ("_begun", "_depart", "_inner")
 
     def __init__(
-        self, inner: Iterable[bytes], clock: _Time | None, depart: Callable[[], None] | None
+        self,
+        inner: Iterable[bytes],
+        begun: tuple[bytes | None, Iterator[bytes]] | None,
+        depart: Callable[[], None] | None,
     ) -> None:
         self._inner = inner
-        self._clock = clock
+        self._begun = begun
         self._depart = depart
 
     def __iter__(self) -> Iterator[bytes]:
-        chunks = iter(self._inner)
-        if self._clock is not None:
-            first = self._clock.run(lambda: next(chunks, None))
+        if self._begun is None:
+            chunks = iter(self._inner)
+        else:
+            first, chunks = self._begun
             if first is None:
                 return
             yield first
@@ -215,9 +271,7 @@ class _Body:
     def close(self) -> None:
         """Close the body and give the request's place up."""
         try:
-            close = getattr(self._inner, "close", None)
-            if close is not None:
-                close()
+            _close(self._inner)
         finally:
             self._leave()
 
@@ -229,3 +283,9 @@ class _Body:
     def __del__(self) -> None:
         # Test clients drop responses without closing them.
         self._leave()
+
+
+def _close(body: Iterable[bytes]) -> None:
+    close = getattr(body, "close", None)
+    if close is not None:
+        close()

@@ -15,6 +15,7 @@ from flask_muset.configuration import (
     ABOVE_ZERO,
     AT_LEAST_ONE,
     AT_LEAST_ZERO,
+    EXCEPTIONS,
     Key,
     check,
     flag,
@@ -33,7 +34,7 @@ from flask_muset.resilience.guards import (
 from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import Decision
 
-__all__ = ["RetryStrategy", "retry", "retry_async", "retry_call", "single_attempt"]
+__all__ = ["RetryStrategy", "retry", "retry_async", "retry_call"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: Which errors are tried again: classes, or a function of the exception.
@@ -50,24 +51,11 @@ _ALLOWED = {
     "exponential_base": AT_LEAST_ONE,
     "jitter": flag(True),
     "max_elapsed": optional(ABOVE_ZERO),
-    "retry_on": Key(
-        None,
-        lambda v: v is None or callable(v) or isinstance(v, tuple),
-        "exception classes or a function of the exception",
-    ),
+    "retry_on": optional(EXCEPTIONS),
 }
-#: Whether a retry goes on around the current call: of nested ones the outermost decides.
-_retrying: ContextVar[bool] = ContextVar("flask_muset.retrying", default=False)
-
-
-class single_attempt:  # noqa: N801 - reads as a statement
-    """A `with` block in which no retry of ours repeats anything: somebody else does that."""
-
-    def __enter__(self) -> None:
-        self._token = _retrying.set(True)
-
-    def __exit__(self, *_: object) -> None:
-        _retrying.reset(self._token)
+#: The mark of a retry that goes on around the current call: of nested ones the outermost decides. A
+#: list that is emptied when it ends, because tasks and greenlets that began in it live on with it.
+_retrying: ContextVar[list[bool] | None] = ContextVar("flask_muset.retrying", default=None)
 
 
 class RetryStrategy(Part):
@@ -75,9 +63,10 @@ class RetryStrategy(Part):
 
     The wait before retry n (the first is 0) is drawn from [0, min(max_delay, initial_delay *
     exponential_base ** n)], or is that bound without jitter; a Retry-After that came with the error
-    is waited for in full. What is tried again is what the error table calls retryable, but never a
-    refusal by this process itself: an open circuit, a full bulkhead or a limit of ours would only
-    refuse again, and a fallback or a stale value is there at once. No wait goes past the deadline.
+    is waited for in full, with the drawn wait after it. What is tried again is what the error table
+    calls retryable, but never a refusal by this process itself: an open circuit, a full bulkhead or
+    a limit of ours would only refuse again, and a fallback or a stale value is there at once. No
+    wait goes past the deadline.
     Of nested retries the outermost decides; the inner ones make one attempt.
 
     Args:
@@ -178,7 +167,8 @@ class RetryStrategy(Part):
         def retrying(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if _retrying.get():
                 return inner(fn, args, kwargs)
-            token = _retrying.set(True)
+            mark = [True]
+            token = _retrying.set(mark)
             attempts = None
             try:
                 if budget is not None:
@@ -194,6 +184,7 @@ class RetryStrategy(Part):
                             raise
                     sleep(wait_s)
             finally:
+                mark.clear()
                 _retrying.reset(token)
 
         elapsed = self._elapsed()
@@ -217,7 +208,8 @@ class RetryStrategy(Part):
         ) -> Any:
             if _retrying.get():
                 return await inner(fn, args, kwargs)
-            token = _retrying.set(True)
+            mark = [True]
+            token = _retrying.set(mark)
             attempts = None
             try:
                 if self.budget is not None:
@@ -232,6 +224,7 @@ class RetryStrategy(Part):
                             raise
                     await self._asleep(wait_s)
             finally:
+                mark.clear()
                 _retrying.reset(token)
 
         elapsed = self._elapsed()
@@ -263,10 +256,10 @@ class _Attempts:
         wait_s = next(self._bounds)
         if strategy.jitter:
             wait_s = strategy.clock.uniform(0.0, wait_s)
-        told = known.retry_after_s
+        told, left = known.retry_after_s, deadline.remaining()
         if told is not None:
-            wait_s = max(wait_s, told)
-        left = deadline.remaining()
+            # Beside what was told, or all who were told the same would come back together.
+            wait_s = told if left is not None and told + wait_s >= left else told + wait_s
         too_long = told is not None and told > strategy.max_delay
         if too_long or (left is not None and wait_s >= left):
             return self._stop(Decision.RETRY_TOO_LATE, error)

@@ -40,10 +40,10 @@ class Timeout(Part):
 
     def leave(self, token: Scope, error: BaseException | None) -> BaseException | None:
         """Stop the time."""
-        late = token.leave()
-        if token.cut(error):
+        ours, late = token.leave(error)
+        if ours is not None:
             self.tell(Decision.TIMED_OUT, error=error)
-            return token.error()
+            return ours
         if late:
             self.tell(Decision.OVERRUN, error=error)
         return None

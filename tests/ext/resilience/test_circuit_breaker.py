@@ -93,6 +93,21 @@ def test_exactly_the_permitted_probes(clock, permitted):
     assert breaker.state == "closed"
 
 
+def test_a_dependency_slower_than_the_open_time_gets_well(clock):
+    """A probe that ends after its time still counts; others may try meanwhile."""
+    breaker = CircuitBreaker("x", failure_threshold=1, recovery_timeout=5)
+    trip(breaker, 1)
+    clock.advance(5)
+    slow = breaker.enter()
+    clock.advance(6)
+    other = breaker.enter()
+    refused(breaker)
+    breaker.leave(slow, None)
+    assert breaker.state == "closed"
+    breaker.leave(other, NetworkError())
+    assert breaker.state == "closed"
+
+
 def test_a_probe_that_never_ends_is_given_up(clock):
     """After the open time another probe is let through, and the lost one is not counted."""
     breaker = CircuitBreaker("x", failure_threshold=1, recovery_timeout=10)
@@ -268,6 +283,25 @@ def test_our_deadline_counts_a_callers_does_not(clock):
     assert breaker.state == "open"
 
 
+@pytest.mark.parametrize("how", ["check", "inside"])
+def test_a_callers_time_opens_nothing(clock, how):
+    """However a time that a caller chose ends a call, the dependency is not blamed."""
+    breaker = CircuitBreaker("x", failure_threshold=1)
+
+    def work():
+        if how == "check":
+            clock.advance(2)
+            deadline.check()
+        else:
+            with deadline(0.5, counts=False):
+                clock.sleep(1)
+
+    for _ in range(5):
+        with pytest.raises(OperationTimeoutError), deadline(1, counts=False):
+            breaker.call(work)
+    assert breaker.state == "closed"
+
+
 def test_an_outcome_of_an_earlier_state_is_not_counted(clock):
     """A call that began before it opened and ends after it closed says nothing about now."""
     breaker = CircuitBreaker("x", failure_threshold=1)
@@ -358,6 +392,8 @@ def test_a_bulkhead_inside_does_not_open_it(clock):
         ({"recovery_growth": 0.5}, "recovery_growth"),
         ({"max_recovery_timeout": 5}, "max_recovery_timeout"),
         ({"ignore": "KeyError"}, "ignore"),
+        ({"ignore": ("KeyError",)}, "ignore"),
+        ({"recovery_timeout": float("inf")}, "recovery_timeout"),
         ({"mode": "on"}, "mode"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import threading
 
 import pytest
 
@@ -23,7 +24,7 @@ from flask_muset.resilience import (
     RetryStrategy,
     Timeout,
 )
-from flask_muset.signals import policy_decided
+from flask_muset.signals import breaker_changed, policy_decided
 from flask_muset.testing import faults, virtual_clock
 
 
@@ -109,7 +110,7 @@ def test_fallback_forms(clock):
     assert Fallback([1]).call(fail) == [1]
     assert Fallback(lambda: "made").call(fail) == "made"
     assert Fallback(lambda e: e).call(fail) is error
-    assert Fallback(lambda e=None: e).call(fail) is error
+    assert Fallback(lambda e=None: e).call(fail) is None  # it asks for none
     with pytest.raises(NotFoundError):
         Fallback(1, on=KeyError).call(fail)
     with pytest.raises(KeyboardInterrupt):
@@ -241,10 +242,13 @@ def test_outcome_is_of_the_policys_own_parts(clock):
     late = outer.outcome(clock.sleep, 3)
     assert (late.decided_by, late.stop_reason) == ("timeout", "timed_out")
 
-    async def awaited(): ...
+    async def awaited():
+        raise NetworkError
 
-    with pytest.raises(TypeError, match="plain function"):
-        outer.outcome(awaited)
+    found = asyncio.run(Policy("x", [RetryStrategy(2, 0.0)]).outcome(awaited))
+    assert (found.attempts, found.stop_reason) == (3, "retries_exhausted")
+    with pytest.raises(TypeError, match="generator"):
+        outer.outcome(_failing_items)
 
 
 def test_outcome_names_who_refused(clock):
@@ -432,3 +436,161 @@ def test_seed_repeats():
                 policy.call(lambda: 1)
             ends.append(clock.now)
     assert ends[0] == ends[1] != 1_000
+
+
+# --- Found in review ---
+
+
+def test_with_blocks_in_generators_keep_to_themselves():
+    """Blocks that do not end in the order in which they began give back what is their own."""
+    first, second = Bulkhead(1), Bulkhead(1)
+
+    def hold(bulkhead):
+        with bulkhead:
+            yield
+
+    a, b = hold(first), hold(second)
+    next(a)
+    next(b)
+    a.close()
+    assert (first.in_use, second.in_use) == (0, 1)
+    b.close()
+    assert second.in_use == 0
+    c = hold(first)
+    next(c)
+    thread = threading.Thread(target=c.close)
+    thread.start()
+    thread.join()
+    assert first.in_use == 0
+
+
+def test_an_outer_deadline_that_has_ended_does_not_hold(clock):
+    """A block that ends after the one around it leaves no dead deadline behind."""
+
+    def stream():
+        with deadline(5):
+            yield
+        yield
+
+    with deadline(9):
+        items = stream()
+        next(items)
+    next(items)
+    clock.advance(100)
+    assert deadline.remaining() is None
+    deadline.check()
+    with pytest.raises(OperationTimeoutError), deadline(1):
+        clock.sleep(2)
+
+
+def test_a_deadline_used_twice_begins_anew(clock):
+    """What cut off the first use says nothing about the second."""
+    block = deadline(1)
+    with pytest.raises(OperationTimeoutError), block:
+        clock.sleep(2)
+    with pytest.raises(KeyError), block:
+        raise KeyError
+
+
+def test_a_listener_that_raises_changes_nothing(clock, caplog):
+    """A broken listener is logged; permits, probes and results are as without it."""
+
+    def broken(_sender, event):
+        raise ZeroDivisionError
+
+    bulkhead = Bulkhead(1)
+    policy = Policy("x", [CircuitBreaker("x", failure_threshold=1), bulkhead, Timeout(1)])
+    with policy_decided.connected_to(broken), breaker_changed.connected_to(broken):
+        with pytest.raises(OperationTimeoutError), policy:
+            clock.sleep(2)
+        clock.advance(60)
+        assert policy.call(lambda: 1) == 1
+    assert (bulkhead.in_use, policy.breaker.state) == (0, "closed")
+    assert "a listener of the signal 'policy-decided' failed" in caplog.text
+
+
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1])
+def test_times_are_finite(seconds):
+    """No end is said by leaving the deadline out."""
+    with pytest.raises(ValueError, match="finite"):
+        deadline(seconds)
+    with pytest.raises(ValueError, match="seconds"):
+        Timeout(seconds)
+
+
+def test_a_task_outlives_the_retry_that_began_it(clock):
+    """Work that began inside of a retry has retries of its own once that has ended."""
+    calls = []
+
+    async def fail():
+        calls.append(1)
+        raise NetworkError
+
+    async def main():
+        go = asyncio.Event()
+
+        async def later():
+            await go.wait()
+            with pytest.raises(NetworkError):
+                await RetryStrategy(3, 0.0).call(fail)
+
+        async def begin():
+            return asyncio.create_task(later())
+
+        task = await RetryStrategy(1).call(begin)
+        go.set()
+        await task
+
+    asyncio.run(main())
+    assert len(calls) == 4
+
+
+def test_generators_keep_their_value_and_are_closed():
+    """`return` of a generator is kept; an asynchronous one is closed with its wrapper."""
+    closed = []
+
+    @Timeout(5)
+    def items():
+        yield 1
+        return "value"
+
+    @Timeout(5)
+    async def awaited():
+        try:
+            yield 1
+            yield 2
+        finally:
+            closed.append("closed")
+
+    def outer():
+        return (yield from items())
+
+    made = outer()
+    assert next(made) == 1
+    with pytest.raises(StopIteration) as ended:
+        next(made)
+    assert ended.value.value == "value"
+
+    async def main():
+        made = awaited()
+        await anext(made)
+        await made.aclose()
+        closed.append("after")
+
+    asyncio.run(main())
+    assert closed == ["closed", "after"]
+
+
+def test_an_object_that_is_awaited_is_guarded(clock):
+    """An object with an asynchronous `__call__` is a coroutine function."""
+
+    class Ask:
+        calls = 0
+
+        async def __call__(self):
+            Ask.calls += 1
+            raise NetworkError
+
+    with pytest.raises(NetworkError):
+        asyncio.run(RetryStrategy(2, 0.0).call(Ask()))
+    assert Ask.calls == 3

@@ -22,6 +22,7 @@ from flask_muset.errors import (
 from flask_muset.resilience import RetryBudget, RetryStrategy, retry, retry_async, retry_call
 from flask_muset.signals import Decision, policy_decided
 from flask_muset.testing import virtual_clock
+from flask_muset.translate import translate
 
 
 @pytest.fixture
@@ -148,6 +149,26 @@ def test_an_unreadable_retry_after_is_no_reason_to_wait(clock, value):
     """A negative or unreadable Retry-After changes nothing."""
     retry_call(Failing(http_error(value), 1), strategy=RetryStrategy(1, 0.0))
     assert clock.now == 1_000.0
+
+
+def test_retry_after_has_a_draw_of_its_own(clock):
+    """Callers that were told the same do not come back together, and none comes too early."""
+    ends = set()
+    for _ in range(20):
+        began = clock.now
+        retry_call(Failing(http_error("7"), 1), strategy=RetryStrategy(1, 2.0))
+        ends.add(round(clock.now - began, 3))
+    assert len(ends) > 10
+    assert 7 <= min(ends) <= max(ends) <= 9
+    began = clock.now
+    with deadline(8):
+        retry_call(Failing(http_error("7"), 1), strategy=RetryStrategy(1, 60.0))
+    assert 7 <= clock.now - began < 8
+
+
+def test_an_absurd_retry_after_is_no_error_of_ours():
+    """400 digits are a long time and not an exception."""
+    assert translate(http_error("9" * 400), {}).retry_after == 30 * 86_400
 
 
 def test_a_retry_after_above_max_delay_is_not_ignored(clock):
