@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from gunicorn_app import serve
 
 APP = """
 import time, sys
@@ -115,3 +116,41 @@ def test_new_connections_are_served_beside_busy_ones(server):
         for thread in threads:
             thread.join()
     assert set(served) == {(200, "ok")}
+
+
+STUCK = """
+from flask import Flask
+from flask_muset import Resilience
+
+app = Flask("stuck")
+app.config["RESILIENCE_MAX_CONCURRENT_REQUESTS"] = 2
+Resilience(app)
+
+@app.get("/big")
+def big():
+    return b"x" * 20_000_000
+
+@app.get("/")
+def index():
+    return "ok"
+"""
+
+
+def test_clients_that_do_not_read_give_their_places_up(tmp_path):
+    """A client that takes nothing of its answer is closed after a while, and others are served."""
+    config = "import flask_muset.worker; flask_muset.worker._STALL_S = 0.5\n"
+    with serve(tmp_path, STUCK, config=config) as (_, port):
+        stuck = [socket.create_connection(("127.0.0.1", port)) for _ in range(2)]
+        for one in stuck:
+            one.sendall(b"GET /big HTTP/1.1\r\nHost: x\r\n\r\n")
+        end = time.monotonic() + 20
+        statuses = []
+        while time.monotonic() < end:
+            statuses.append(get(port, "/")[0])
+            if statuses[-1] == 200 and 503 in statuses:
+                break
+            time.sleep(0.05)
+        for one in stuck:
+            one.close()
+    assert 503 in statuses
+    assert statuses[-1] == 200

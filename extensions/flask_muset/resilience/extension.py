@@ -18,6 +18,7 @@ from werkzeug.exceptions import (
 from werkzeug.local import LocalProxy
 
 from flask_muset import context
+from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
 from flask_muset.load import GATE, Gate
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
@@ -302,6 +303,8 @@ def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> 
             refuses=config.max_concurrent_requests_mode == "enforce",
         )
     timed = config.request_timeout_mode != "off"
+    if timed:
+        app.before_request(partial(_say_once_what_cannot_be_cut, app, []))
     if gate is not None or timed:
         context.install(app).add(
             context.Rank.LIMITS,
@@ -322,6 +325,16 @@ def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> 
         limiter = RateLimit(config.rate_limit, _PERIOD_S)
         app.before_request(partial(_limit_rate, app, config, limiter, key_of))
         app.after_request(partial(_describe_limit, limiter))
+
+
+def _say_once_what_cannot_be_cut(app: Flask, said: list[bool]) -> None:
+    if not said:
+        said.append(True)
+        if not deadline.can_cut():
+            app.logger.info(
+                "no request can be cut off in this worker, because gevent does not run it: one that "
+                "takes longer than its deadline is answered late and counted as an overrun"
+            )
 
 
 def _tell(app: Flask, part: str, decision: Decision) -> None:
