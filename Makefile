@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIN := -c constraints.txt
 SOURCES := setup.cfg extensions/setup.cfg constraints.txt Makefile
 
-.PHONY: run test check bench prove clean docs
+.PHONY: run test check bench prove clean docs generate
 
 run: .venv/.run
 	@exec $(BIN)/muset serve
@@ -24,7 +24,12 @@ docs: .venv/.check
 bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/http_instructions.py
 	.venv-bench/bin/python benchmarks/micro.py --valgrind
+	.venv-bench/bin/python benchmarks/metrics_cost.py --valgrind
+	.venv-bench/bin/python benchmarks/ours_metrics.py
 	.venv-bench/bin/python benchmarks/fairness.py
+
+generate: .venv/.run
+	$(BIN)/python deploy/generate.py
 
 prove: .venv/.test .venv-bench/.bench
 	$(BIN)/python -m pytest -q --prove tests

@@ -7,13 +7,16 @@ from gevent import monkey
 
 monkey.patch_all()
 
-import logging  # noqa: E402
 import os  # noqa: E402
 
+from flask_muset import logging  # noqa: E402
 from muset.settings import load_settings  # noqa: E402
 
 _settings = load_settings()
-logging.basicConfig(level=_settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+logging.configure(_settings.log_level, _settings.log_format, _settings.log_file)
+if _settings.enable_metrics:
+    from flask_muset.metrics.gunicorn import *  # noqa: F403
+    from flask_muset.metrics.gunicorn import on_starting as _prepare_metrics
 
 bind = [f"{_settings.host}:{_settings.port}"]
 workers = _settings.web_concurrency
@@ -28,10 +31,12 @@ timeout = 60
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
 # gunicorn would open a socket below the home directory, which may be read-only.
 control_socket_disable = True
-errorlog = "-"
+logger_class = "flask_muset.logging.gunicorn.Logger"
 loglevel = _settings.log_level.lower()
 
 
 def on_starting(server):
     """Ctrl-C stops like SIGTERM: running requests end, the exit code is 0."""
     server.handle_int = server.handle_term
+    if _settings.enable_metrics:
+        _prepare_metrics(server)

@@ -1,12 +1,15 @@
 """The application factory."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from flask import Flask
+from sqlalchemy import Engine
 
-from flask_muset import ErrorHandler, Resilience
+from flask_muset import ErrorHandler, Metrics, Resilience, logging, tracing
+from flask_muset.metrics import instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
 from muset.adapters.documents import SqliteDocumentStore
@@ -14,7 +17,7 @@ from muset.adapters.keys import SqliteKeyStore
 from muset.adapters.redis import RedisProbe
 from muset.adapters.sqlite import Database, is_outage
 from muset.blueprints import admin, ask, auth, documents, health, openapi
-from muset.ports import Probe
+from muset.ports import Probe, TrackCall
 from muset.providers.extractive import ExtractiveProvider
 from muset.services.ask import AskService
 from muset.services.documents import DocumentService
@@ -35,18 +38,43 @@ class Services:
     probes: Sequence[Probe]
 
 
-def make_services(settings: Settings, resilience: Resilience) -> Services:
-    """Wire the adapters into the services, each under its policy; nothing is opened yet."""
-    database = Database(settings.database_url, _database_policy(resilience))
+def make_services(
+    settings: Settings,
+    resilience: Resilience,
+    *,
+    instrument: Callable[[Engine], None] | None = None,
+    track: TrackCall | None = None,
+) -> Services:
+    """Wire the adapters into the services, each under its policy; nothing is opened yet.
+
+    Args:
+        settings: What holds.
+        resilience: Where the policies are declared.
+        instrument: Is given each database engine, to count its queries.
+        track: Counts the calls of models.
+    """
+    database = Database(settings.database_url, _database_policy(resilience), instrument)
     store = SqliteDocumentStore(database)
     provider = ExtractiveProvider()
     return Services(
         database=database,
         keys=KeyService(SqliteKeyStore(database)),
         documents=DocumentService(store, settings.max_document_bytes),
-        ask=AskService(store, provider, resilience.policy(provider.name), time.monotonic),
+        ask=AskService(
+            store,
+            provider,
+            resilience.policy(provider.name),
+            time.monotonic,
+            track,
+        ),
         probes=(database, *_redis_probes(settings)),
     )
+
+
+def _count_queries(app: Flask, engine: Engine) -> None:
+    # Engines are made when they are first used, which may be outside of a request.
+    with app.app_context():
+        instrument_sqlalchemy(engine)
 
 
 def _redis_probes(settings: Settings) -> list[Probe]:
@@ -96,10 +124,15 @@ def create_app(settings: Settings | None = None) -> Flask:
     # JSON may write a character of two bytes as an escape of six.
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
     app.config["MAX_FORM_PARTS"] = 16
-    app.config.update(settings.resilience)
+    app.config.update(settings.resilience, **settings.metrics)
+    logging.init_app(app)
+    tracing.init_app(app)
+    Metrics(app, authorize=auth.is_admin)
     ErrorHandler(app)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key)
-    app.extensions["muset"] = make_services(settings, resilience)
+    app.extensions["muset"] = make_services(
+        settings, resilience, instrument=partial(_count_queries, app), track=track_ai_request
+    )
     resilience.init_app(app)
     for blueprint in (
         documents.blueprint,

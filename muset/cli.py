@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from functools import wraps
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import click
 from sqlalchemy.exc import SQLAlchemyError
@@ -21,6 +24,7 @@ from flask_muset import Resilience
 from flask_muset.errors import MusetError
 from muset import __version__, migrations
 from muset.app import Services, make_services
+from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Principal, Role
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
 
@@ -28,6 +32,7 @@ __all__ = ["main"]
 
 _ADMIN = "admin@localhost"
 _UNSURE = 3
+_MAX_METRICS_BYTES = 100_000_000
 _TEXTS = (".txt", ".text", ".md", ".markdown")
 _LIFETIME = re.compile(r"([1-9][0-9]{0,4})([dhm])")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
@@ -99,6 +104,20 @@ def _check_port(settings: Settings) -> None:
             )
 
 
+def _check_log_file(settings: Settings) -> None:
+    path = settings.log_file
+    if path is None:
+        return
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        _fail(
+            f"LOG_FILE {str(path)!r} cannot be written ({error.strerror}); make its folder, let "
+            "this user write there, or unset it.",
+            2,
+        )
+
+
 def _announce(key: str) -> None:
     click.echo(f"Admin key: {key}")
     click.echo("It is shown once; keep it.")
@@ -112,6 +131,7 @@ def serve() -> None:
     settings = load_settings()
     root = _root()
     _check_port(settings)
+    _check_log_file(settings)
     services = _open(settings)
     if settings.admin_key is not None:
         services.keys.install(settings.admin_key, _ADMIN)
@@ -279,10 +299,40 @@ def show_settings() -> None:
     """Print every setting with its value, where it is from and what it means."""
     settings = load_settings()
     for setting in SETTINGS:
-        note = "" if setting.used else " (nothing uses it yet)"
         source = settings.sources.get(setting.name, "default")
         click.echo(f"{setting.name}={settings.shown(setting)}")
-        click.echo(f"    {source}; {setting.meaning}{note}")
+        click.echo(f"    {source}; {setting.meaning}")
+
+
+@main.command("objectives")
+@click.option("--url", metavar="URL", help="Of /metrics; default that of this machine's service.")
+@click.option("--key", envvar="MUSET_KEY", metavar="KEY", help="An admin key, for another machine.")
+@_guarded
+def show_objectives(url: str | None, key: str | None) -> None:
+    """Judge the seven objectives by what the service has counted since its start.
+
+    Exit code 1 if one is missed; too few samples are no failure.
+    """
+    settings = load_settings()
+    url = url or f"http://{settings.host}:{settings.port}/metrics"
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    if urlsplit(url).scheme not in ("http", "https"):
+        _fail(f"--url must begin with http:// or https://, got {url!r}.", 2)
+    try:
+        with urlopen(Request(url, headers=headers), timeout=10) as answer:  # noqa: S310
+            findings = judge(answer.read(_MAX_METRICS_BYTES).decode())
+    except (OSError, HTTPException) as error:
+        _fail(f"{url} cannot be read ({error}); is the service running, and ENABLE_METRICS true?")
+    except ValueError as error:
+        _fail(f"{url} has no metrics: {error}")
+    for found in findings:
+        objective = found.objective
+        click.echo(
+            f"{found.verdict.value:<8}{objective.title:<22}{objective.target:<36}"
+            f"{found.figure:<26}{found.samples} samples"
+        )
+    if any(found.verdict is Verdict.MISSED for found in findings):
+        sys.exit(1)
 
 
 @main.group()

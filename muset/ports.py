@@ -175,6 +175,16 @@ class CallPolicy(Protocol):
         ...
 
 
+class TrackCall(Protocol):
+    """What counts the calls of models."""
+
+    def __call__(
+        self, model: str, duration: float, status: str, input_tokens: int, output_tokens: int
+    ) -> None:
+        """Count one; the duration in seconds."""
+        ...
+
+
 class KeyStore(Protocol):
     """Keys and the users they belong to."""
 

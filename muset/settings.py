@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -26,7 +27,6 @@ class Setting:
         parse: Makes the value of the text, or raises ValueError with what is expected.
         meaning: One sentence for people.
         secret: Never shown; may come from the file that `<name>_FILE` names.
-        used: False while nothing in the service acts on it.
     """
 
     name: str
@@ -34,7 +34,6 @@ class Setting:
     parse: Callable[[str], Any]
     meaning: str
     secret: bool = False
-    used: bool = True
 
 
 def _boolean(text: str) -> bool:
@@ -88,6 +87,16 @@ def _text(text: str) -> str:
     return text
 
 
+def _networks(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    try:
+        for name in names:
+            ip_network(name, strict=False)
+    except ValueError:
+        raise ValueError("addresses or networks such as 10.0.0.0/8, separated by commas") from None
+    return names
+
+
 def _url(*schemes: str) -> Callable[[str], str]:
     def parse(text: str) -> str:
         if urlsplit(text).scheme not in schemes:
@@ -120,14 +129,10 @@ SETTINGS: tuple[Setting, ...] = (
         _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL", upper=True),
         "The least level that is logged.",
     ),
-    Setting("LOG_FORMAT", "json", _choice("json", "text"), "Form of a log line.", used=False),
-    Setting(
-        "LOG_FILE", "/var/log/muset/app.log", _text, "A file beside standard error.", used=False
-    ),
-    Setting("ENABLE_METRICS", True, _boolean, "Whether metrics are kept.", used=False),
-    Setting(
-        "METRICS_PORT", 9090, _integer(0, 65535), "Port of the metrics, 0 for none.", used=False
-    ),
+    Setting("LOG_FORMAT", "json", _choice("json", "text"), "Form of a log line."),
+    Setting("LOG_FILE", "/var/log/muset/app.log", _text, "A file beside standard error."),
+    Setting("ENABLE_METRICS", True, _boolean, "Whether metrics are kept."),
+    Setting("METRICS_PORT", 9090, _integer(0, 65535), "Port of the metrics, 0 for none."),
     Setting("REQUEST_TIMEOUT", 30.0, _seconds(0.1, 3600), "Deadline of a request, seconds."),
     Setting(
         "MAX_CONCURRENT_REQUESTS",
@@ -169,6 +174,13 @@ SETTINGS: tuple[Setting, ...] = (
         10,
         _integer(1, 10_000),
         "Connections to Redis of one worker process.",
+    ),
+    Setting("METRICS_HOST", None, _text, "Address of the metrics port; unset means MUSET_HOST."),
+    Setting(
+        "METRICS_ALLOW",
+        (),
+        _networks,
+        "Networks that may read /metrics without a key, separated by commas.",
     ),
     Setting("MUSET_HOST", "127.0.0.1", _text, "Address that the service listens on."),
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
@@ -246,6 +258,33 @@ class Settings:
         return key
 
     @property
+    def log_format(self) -> str:
+        """`json` or `text`."""
+        return str(self.values["LOG_FORMAT"])
+
+    @property
+    def log_file(self) -> Path | None:
+        """The file beside standard error; the default one only where it can be written."""
+        path = Path(self.values["LOG_FILE"])
+        is_chosen = self.sources.get("LOG_FILE", "default") != "default"
+        return path if is_chosen or os.access(path.parent, os.W_OK) else None
+
+    @property
+    def enable_metrics(self) -> bool:
+        """Whether metrics are kept."""
+        return bool(self.values["ENABLE_METRICS"])
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """The configuration of the Metrics extension."""
+        return {
+            "METRICS_ENABLED": self.values["ENABLE_METRICS"],
+            "METRICS_PORT": self.values["METRICS_PORT"],
+            "METRICS_HOST": self.values["METRICS_HOST"] or self.host,
+            "METRICS_ALLOW": self.values["METRICS_ALLOW"],
+        }
+
+    @property
     def resilience(self) -> dict[str, Any]:
         """The configuration of the Resilience extension."""
         names = (
@@ -282,6 +321,8 @@ class Settings:
         value = self.values[setting.name]
         if value is None:
             return "(unset)"
+        if isinstance(value, tuple):
+            return ",".join(value) or "(none)"
         if setting.secret:
             parts = urlsplit(str(value))
             if not parts.scheme or parts.username or parts.password:

@@ -1,6 +1,6 @@
 """A small shop that asks a price service; Resilience keeps it up when that does not answer.
 
-    flask --app examples/resilience/app.py run
+flask --app examples/resilience/app.py run
 """
 
 import http.client

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flask_muset.error_handler import ErrorHandler
+    from flask_muset.metrics import Metrics
     from flask_muset.resilience import Resilience
 
-__all__ = ["ErrorHandler", "Resilience"]
+__all__ = ["ErrorHandler", "Metrics", "Resilience"]
 
 _HOMES = {
     "ErrorHandler": "flask_muset.error_handler",
+    "Metrics": "flask_muset.metrics",
     "Resilience": "flask_muset.resilience",
 }
 

@@ -16,10 +16,11 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from blinker import Signal
-from flask import Flask, current_app, has_app_context, has_request_context, request
+from flask import Flask, Request, current_app, has_app_context, has_request_context, request
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
@@ -27,6 +28,7 @@ from flask_muset.locks import is_patched
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+    from flask.ctx import RequestContext as RequestContextOfFlask
 
     from flask_muset.translate import Translation
 
@@ -92,7 +94,7 @@ class Exchange:
         failed: Whether it ended in an exception, also after the response had begun.
         duration_s: Seconds from its beginning to its end, None before it has ended.
         user: Whom the app says it is from, for logs.
-        route: The rule that matched its path, None where none did.
+        request: Flask's, None before it has come to Flask.
         trace_id: Of the trace that it belongs to, None without one.
         span_id: Of its own span, None without one.
     """
@@ -104,7 +106,7 @@ class Exchange:
         "duration_s",
         "environ",
         "failed",
-        "route",
+        "request",
         "sent",
         "span_id",
         "status",
@@ -122,9 +124,15 @@ class Exchange:
         self.user: str | None = None
         self.trace_id: str | None = None
         self.span_id: str | None = None
-        self.route: str | None = None
+        self.request: Request | None = None
         self._length = -1
         self._ended = False
+
+    @property
+    def route(self) -> str | None:
+        """The rule that matched its path, None where none did."""
+        rule = None if self.request is None else self.request.url_rule
+        return None if rule is None else rule.rule
 
     @property
     def request_id(self) -> str:
@@ -168,7 +176,7 @@ class RequestContext:
 
     def __init__(self, app: Flask) -> None:
         self._application = app.wsgi_app
-        self._before_request = app.before_request
+        self._app = app
         self._layers: list[tuple[Rank, Callable[[WSGIApplication], WSGIApplication]]] = []
         self._next: WSGIApplication = app.wsgi_app
         self._observers: list[Observer] = []
@@ -189,8 +197,8 @@ class RequestContext:
     def observe(self, observer: Observer) -> None:
         """Tell somebody of each exchange; all share one look at the response."""
         if not self._observers:
-            # Noted at once: Flask's context is gone when an exception that escaped is counted.
-            self._before_request(_note_route)
+            app, make = self._app, self._app.request_context
+            app.request_context = partial(_noted, make)  # type: ignore[method-assign]
         self._observers.append(observer)
 
     def __call__(
@@ -244,10 +252,15 @@ class RequestContext:
         return _ObservedBody(body, exchange, observers)
 
 
-def _note_route() -> None:
-    exchange, rule = current_exchange.get(), request.url_rule
-    if exchange is not None and rule is not None:
-        exchange.route = rule.rule
+def _noted(
+    make: "Callable[[WSGIEnvironment], RequestContextOfFlask]", environ: "WSGIEnvironment"
+) -> "RequestContextOfFlask":
+    """Keep the request: Flask's context is gone when an exception that escaped is counted."""
+    made = make(environ)
+    exchange = current_exchange.get()
+    if exchange is not None and exchange.environ is environ:
+        exchange.request = made.request
+    return made
 
 
 def _end(exchange: Exchange, observers: Sequence[Observer]) -> None:

@@ -35,6 +35,10 @@ __all__ = ["FairGeventWorker", "draining"]
 _TURN_S = 0.005
 #: How long a client may take over one piece of a request or of an answer, in seconds.
 _STALL_S = 60.0
+#: How long a stop waits for the first request of a connection, in seconds.
+_LAST_CALL_S = 1.0
+#: Set on a connection's greenlet when it waits for its first request.
+_HAS_ASKED = "_flask_muset_has_asked"
 _draining = False
 
 
@@ -89,8 +93,17 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
                 gate.depart()
 
     def timeout_ctx(self) -> "_Waiting":
-        """What a connection waits in for its next request; not at all once this is a stop."""
-        return _Waiting(self.cfg.keepalive if self.alive else 0, self._idle)
+        """What a connection waits in for its next request.
+
+        Once this is a stop, a connection that has had an answer is not waited for; a new one, whose
+        client has no way to know that nobody will listen, is for a moment.
+        """
+        greenlet = gevent.getcurrent()
+        is_new = not getattr(greenlet, _HAS_ASKED, False)
+        setattr(greenlet, _HAS_ASKED, True)
+        if self.alive:
+            return _Waiting(self.cfg.keepalive, self._idle, is_new)
+        return _Waiting(_LAST_CALL_S if is_new else 0, self._idle, is_new)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop: close the connections that wait, let the running requests end."""
@@ -100,9 +113,14 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         gevent.spawn(self._close_idle)
 
     def _close_idle(self) -> None:
-        for waiting in list(self._idle):
-            # In the hub, one after the other: it may have got its request meanwhile.
-            gevent.get_hub().loop.run_callback(self._end, waiting)
+        """Close the connections that have had an answer at once, new ones a moment later."""
+        for are_new in (False, True):
+            for waiting in list(self._idle):
+                if waiting.is_new == are_new:
+                    # In the hub, one after the other: it may have got its request meanwhile.
+                    gevent.get_hub().loop.run_callback(self._end, waiting)
+            if not are_new:
+                gevent.sleep(_LAST_CALL_S)
 
     def _end(self, waiting: "_Waiting") -> None:
         greenlet = self._idle.get(waiting)
@@ -152,9 +170,10 @@ class _Line:
 class _Waiting(gevent.Timeout):  # type: ignore[misc]
     """The keep-alive time-out, known to the worker while a connection waits in it."""
 
-    def __init__(self, seconds: float, idle: dict[Any, gevent.Greenlet]) -> None:
+    def __init__(self, seconds: float, idle: dict[Any, gevent.Greenlet], is_new: bool) -> None:
         super().__init__(seconds, False)
         self._idle = idle
+        self.is_new = is_new
 
     def __enter__(self) -> "_Waiting":
         self._idle[self] = gevent.getcurrent()

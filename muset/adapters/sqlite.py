@@ -139,14 +139,21 @@ class Database:
         url: `sqlite:///<path>`.
         policy: Guards each unit of work. One that failed, or was cut off before it was committed,
             has changed nothing and may be repeated.
+        instrument: Is given each engine, to count its queries.
     """
 
     name = "database"
     is_needed = True
 
-    def __init__(self, url: str, policy: CallPolicy) -> None:
+    def __init__(
+        self,
+        url: str,
+        policy: CallPolicy,
+        instrument: Callable[[Engine], None] | None = None,
+    ) -> None:
         self._url = url
         self._policy = policy
+        self._instrument = instrument
         self._pid = 0
         self._engine: Engine | None = None
         self._run: Run = _run_direct
@@ -165,6 +172,8 @@ class Database:
                 connect_args={"check_same_thread": False},
             )
             event.listen(engine, "connect", _prepare)
+            if self._instrument is not None:
+                self._instrument(engine)
             self._run = _runner()
             self._write_lock = threading.Lock()
             self._probing = None

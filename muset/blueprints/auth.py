@@ -4,12 +4,13 @@ from typing import Any
 
 from flask import Request, current_app, request
 
+from flask_muset.context import current_exchange
 from flask_muset.errors import AuthenticationError, AuthorizationError
 from flask_muset.resilience import UNLIMITED
 from muset.ports import Principal
 from muset.services.keys import KeyService
 
-__all__ = ["principal", "rate_limit_key", "require_admin", "require_key"]
+__all__ = ["is_admin", "principal", "rate_limit_key", "require_admin", "require_key"]
 
 
 #: The key of the environment that the outcome of a request's look-up is kept under. Not in `g`,
@@ -29,6 +30,9 @@ def _authenticate(incoming: Request) -> Principal:
         except AuthenticationError as error:
             found = error.with_traceback(None)
         incoming.environ[_WHO] = found
+        exchange = current_exchange.get()
+        if exchange is not None and isinstance(found, Principal):
+            exchange.user = str(found.user_id)
     if isinstance(found, AuthenticationError):
         raise found
     return found
@@ -48,6 +52,14 @@ def rate_limit_key(incoming: Request) -> Any:
         return _authenticate(incoming).key_id
     except AuthenticationError:
         return None
+
+
+def is_admin(incoming: Request) -> bool:
+    """Whether a request has the key of an admin."""
+    try:
+        return _authenticate(incoming).is_admin
+    except AuthenticationError:
+        return False
 
 
 def require_key() -> None:

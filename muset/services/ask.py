@@ -11,6 +11,7 @@ from muset.ports import (
     DocumentStore,
     Provider,
     ProviderAnswer,
+    TrackCall,
 )
 
 __all__ = ["Answer", "AskService", "Attempt"]
@@ -50,6 +51,7 @@ class AskService:
         provider: What makes an answer of them.
         policy: What guards the calls of the provider.
         clock: Seconds that never go back.
+        track: Counts a call: model, seconds, outcome, tokens in and out.
     """
 
     def __init__(
@@ -58,11 +60,13 @@ class AskService:
         provider: Provider,
         policy: CallPolicy,
         clock: Callable[[], float],
+        track: TrackCall | None = None,
     ) -> None:
         self._documents = documents
         self._provider = provider
         self._policy = policy
         self._clock = clock
+        self._track = track
 
     def ask(
         self,
@@ -98,18 +102,20 @@ class AskService:
 
         def attempt() -> ProviderAnswer:
             nonlocal ended
-            began, outcome = self._clock(), "error"
+            began, outcome, tokens = self._clock(), "error", (0, 0)
             try:
                 answer = self._provider.answer(
                     question, retrieval, model=chosen, max_tokens=max_tokens
                 )
-                outcome = "success"
+                outcome, tokens = "success", (answer.input_tokens, answer.output_tokens)
                 return answer
             finally:
                 wait_s, ended = began - ended, self._clock()
                 attempts.append(
                     Attempt(self._provider.name, chosen, outcome, wait_s, ended - began)
                 )
+                if self._track is not None:
+                    self._track(chosen, ended - began, outcome, *tokens)
 
         result: ProviderAnswer = self._policy.call(attempt)
         return Answer(

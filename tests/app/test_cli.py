@@ -66,12 +66,11 @@ def test_bad_settings_are_exit_code_2(tmp_path):
 
 
 def test_settings_are_printed_without_secrets(run, monkeypatch):
-    """Each setting with value, source and meaning; what nothing uses yet says so."""
+    """Each setting with value, source and meaning."""
     monkeypatch.setenv("REDIS_URL", "redis://:hunter2@h/0")
     output = run("settings").output
     assert "hunter2" not in output
     assert "PORT=8000\n    default; Port that the service listens on." in output
-    assert "nothing uses it yet" in output
 
 
 def test_port_in_use_is_said_before_a_key_is_made(tmp_path):

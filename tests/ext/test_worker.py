@@ -154,3 +154,34 @@ def test_clients_that_do_not_read_give_their_places_up(tmp_path):
             one.close()
     assert 503 in statuses
     assert statuses[-1] == 200
+
+
+def test_a_stop_answers_who_has_just_connected(server):
+    """A connection that was taken is answered, though its request comes after the stop began."""
+    process, port = server
+    before = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
+    time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    answers = []
+    for one in before:
+        one.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    for one in before:
+        one.settimeout(10)
+        answers.append(one.recv(100)[:12])
+        one.close()
+    assert answers == [b"HTTP/1.1 200"] * 5
+    assert process.wait(10) == 0
+
+
+def test_a_stop_does_not_wait_for_who_says_nothing(server):
+    """Connections without a request are closed a moment after the stop began."""
+    process, port = server
+    silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3)]
+    time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(10) == 0
+    assert time.monotonic() - began < 6
+    for one in silent:
+        one.close()

@@ -34,6 +34,7 @@ class Service:
             "MUSET_DATA_DIR": str(self.data_dir / "data"),
             "PORT": str(self.port),
             "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
+            "METRICS_PORT": "0",
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "muset.cli", "serve"],

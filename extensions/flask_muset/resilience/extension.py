@@ -332,8 +332,8 @@ def _say_once_what_cannot_be_cut(app: Flask, said: list[bool]) -> None:
         said.append(True)
         if not deadline.can_cut():
             app.logger.info(
-                "no request can be cut off in this worker, because gevent does not run it: one that "
-                "takes longer than its deadline is answered late and counted as an overrun"
+                "no request can be cut off in this worker, because gevent does not run it: one "
+                "that takes longer than its deadline is answered late and counted as an overrun"
             )
 
 
