@@ -5,6 +5,7 @@ Standard error is the file: it is where our lines always go, and one write is wh
 
 import itertools
 import os
+from types import SimpleNamespace
 
 CTX = {"request_id": "0af7651916cd43dd8448eb211c80319c", "user": "u-12345"}
 
@@ -86,9 +87,13 @@ def _exchange(numbers):
     environ["flask_muset.request_id"] = f"4f1d0c5be2a9{next(numbers)}"
     environ["PATH_INFO"] = f"/api/v1/users/{next(numbers)}"
     exchange = Exchange(environ)
-    exchange.status, exchange.route, exchange.user = 200, "/api/v1/users/<int:id>", "u-12345"
+    exchange.status, exchange.request, exchange.user = 200, REQUEST, "u-12345"
     exchange.duration_s, exchange.sent = 0.0123, 512
     return exchange
+
+
+#: What an exchange reads of Flask's request.
+REQUEST = SimpleNamespace(url_rule=SimpleNamespace(rule="/api/v1/users/<int:id>"))
 
 
 #: As gunicorn makes it of a usual request with a key.

@@ -397,6 +397,8 @@ def _log(
             "category": error.category.value,
             "severity": error.severity.value,
             "status": error.status,
+            # Tells flask_muset.logging that these are its own keys, not somebody's of that name.
+            "flask_muset": ("fingerprint", "status"),
         },
     )
 
