@@ -15,11 +15,19 @@ _STOPS_WELL = "def on_starting(server): server.handle_int = server.handle_term\n
 
 
 @contextlib.contextmanager
-def serve(folder, source, *options, worker="flask_muset.worker.FairGeventWorker", config=""):
+def serve(
+    folder,
+    source,
+    *options,
+    worker="flask_muset.worker.FairGeventWorker",
+    config="",
+    stops_well=True,
+):
     """Serve the `app` of a source text; yields the process and its port, and ends it by its id."""
     (folder / "served_app.py").write_text(source)
     gevent = "gevent" in worker.lower()
-    (folder / "conf.py").write_text((_PATCHED if gevent else "") + _STOPS_WELL + config)
+    stops = _STOPS_WELL if stops_well else ""
+    (folder / "conf.py").write_text((_PATCHED if gevent else "") + stops + config)
     port = free_port()
     log = open(folder / "gunicorn.log", "wb")  # noqa: SIM115 - closed below
     process = subprocess.Popen(
