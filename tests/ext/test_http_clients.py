@@ -1029,10 +1029,14 @@ def test_a_time_out_of_ours_does_not_send_a_post_again_under_asyncio():
     async def main():
         seen = []
 
+        served = []
+
         async def silent(reader, writer):
+            served.append(asyncio.current_task())
             seen.append((await reader.read(65536)).split(b" ")[0])
             await reader.read()
             writer.close()
+            await writer.wait_closed()
 
         server = await asyncio.start_server(silent, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
@@ -1041,7 +1045,9 @@ def test_a_time_out_of_ours_does_not_send_a_post_again_under_asyncio():
             for method in ("POST", "GET"):
                 with pytest.raises(httpx.TimeoutException):
                     await client.request(method, url)
+        await asyncio.gather(*served)
         server.close()
+        await server.wait_closed()
         return seen
 
     assert asyncio.run(main()) == [b"POST", b"GET", b"GET", b"GET"]

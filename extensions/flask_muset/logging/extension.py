@@ -1,6 +1,8 @@
 """Logging: binds lines to the requests of a Flask app, and writes one for each."""
 
+import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from flask import Flask
@@ -25,6 +27,8 @@ _MAX_PATH = 1_024
 _seen: set[str] = set()
 _bearing: list[str] = []
 _MAX_SEEN = 1_000
+#: The converter and the name of each variable of a route.
+_variables = re.compile(r"<(?:([^:<>(]*)(?:\([^>]*\))?:)?([^<>]*)>").findall
 _MIDDLE = f'","level":"INFO","logger":"{_ACCESS}","message":"request"'
 _slow = get_logger("flask_muset.slow")
 
@@ -112,15 +116,28 @@ def _head_and_path(exchange: Exchange) -> tuple[str, str]:
 
 
 def _is_plain(exchange: Exchange, path: str) -> bool:
-    """Whether path and user can hold no secret: none by its shape, none that the request bears."""
-    if len(path) > _MAX_PATH or may_hold_secret(path):
+    """Whether a path can hold no secret: none by its shape, and none that the request bears."""
+    if len(path) > _MAX_PATH:
         return False
-    user = exchange.user
-    return not _bears(exchange.environ, path if user is None else f"{path} {user}")
+    route = exchange.route
+    if route is not None and _is_of_numbers(route):
+        return True
+    return not may_hold_secret(path) and not _bears(exchange.environ, path)
 
 
-def _bears(environ: Mapping[str, Any], text: str) -> bool:
-    """Whether a request might bear a secret that is in a text."""
+@lru_cache(maxsize=1024)
+def _is_of_numbers(route: str) -> bool:
+    """Whether all that is not the rule's own in its paths is numbers, and none by a secret's name.
+
+    Such paths are the most frequent, and need not be looked at.
+    """
+    return not any(
+        converter != "int" or is_secret_key(name) for converter, name in _variables(route)
+    )
+
+
+def _bears(environ: Mapping[str, Any], path: str) -> bool:
+    """Whether a request might bear a secret that is in its path."""
     if not _seen.issuperset(environ):
         _look_at_names(environ)
     for name in _bearing:
@@ -129,7 +146,7 @@ def _bears(environ: Mapping[str, Any], text: str) -> bool:
             # Cookies are many values, and what is encoded is not seen.
             if name == "HTTP_COOKIE" or "asic" in value:
                 return True
-            if (value.partition(" ")[2].strip() or value) in text:
+            if (value.partition(" ")[2].strip() or value) in path:
                 return True
     return False
 
