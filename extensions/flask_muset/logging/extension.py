@@ -107,22 +107,23 @@ def _head_and_path(exchange: Exchange) -> tuple[str, str]:
     """
     environ = exchange.environ
     path, query = environ.get("PATH_INFO") or "", environ.get("QUERY_STRING")
-    if not query and VIEW not in environ and _is_plain(exchange, path):
-        return head_of(exchange), path
+    if not query and VIEW not in environ:
+        route = exchange.route
+        if _is_plain(environ, route, path):
+            return head_of(exchange, route), path
     view = view_of(exchange)
     if query:
         path = f"{path}?{query}"
     return view.head, without_secrets(path, view.secrets, _MAX_PATH)
 
 
-def _is_plain(exchange: Exchange, path: str) -> bool:
+def _is_plain(environ: Mapping[str, Any], route: str | None, path: str) -> bool:
     """Whether a path can hold no secret: none by its shape, and none that the request bears."""
     if len(path) > _MAX_PATH:
         return False
-    route = exchange.route
     if route is not None and _is_of_numbers(route):
         return True
-    return not may_hold_secret(path) and not _bears(exchange.environ, path)
+    return not may_hold_secret(path) and not _bears(environ, path)
 
 
 @lru_cache(maxsize=1024)

@@ -193,14 +193,14 @@ def _known_of(user: str | None, method: str, route: str | None, status: int) -> 
     return f'{said},"status":{status}' if status else said
 
 
-def head_of(exchange: Exchange) -> str:
+def head_of(exchange: Exchange, route: str | None) -> str:
     """What one line says of an exchange of which there is no other; the same as a view's head."""
     environ, trace_id = exchange.environ, exchange.trace_id
     request_id = environ[_REQUEST_ID]
     # Only what a client has chosen can look like anything but an id.
     quoted = _quoted_id(request_id) if "HTTP_X_REQUEST_ID" in environ else f'"{request_id}"'
     trace = "" if trace_id is None else f',"trace_id":"{trace_id}","span_id":"{exchange.span_id}"'
-    known = _known_of(exchange.user, environ["REQUEST_METHOD"], exchange.route, exchange.status)
+    known = _known_of(exchange.user, environ["REQUEST_METHOD"], route, exchange.status)
     took_us = int((exchange.duration_s or 0.0) * 1e6)
     return (
         f',"request_id":{quoted}{trace}{known}'
