@@ -26,6 +26,7 @@ bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/micro.py --valgrind
 	.venv-bench/bin/python benchmarks/metrics_cost.py --valgrind
 	.venv-bench/bin/python benchmarks/ours_metrics.py
+	.venv-bench/bin/python benchmarks/logging_rate.py --valgrind
 	.venv-bench/bin/python benchmarks/fairness.py
 
 generate: .venv/.run

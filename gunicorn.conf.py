@@ -13,7 +13,13 @@ from flask_muset import logging  # noqa: E402
 from muset.settings import load_settings  # noqa: E402
 
 _settings = load_settings()
-logging.configure(_settings.log_level, _settings.log_format, _settings.log_file)
+logging.configure(
+    _settings.log_level,
+    _settings.log_format,
+    _settings.log_file,
+    file_max_bytes=_settings.log_file_max_bytes,
+    slow_request_s=_settings.slow_request_s,
+)
 if _settings.enable_metrics:
     from flask_muset.metrics.gunicorn import *  # noqa: F403
     from flask_muset.metrics.gunicorn import on_starting as _prepare_metrics

@@ -125,8 +125,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
     app.config["MAX_FORM_PARTS"] = 16
     app.config.update(settings.resilience, **settings.metrics)
-    logging.init_app(app)
     tracing.init_app(app)
+    logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
     ErrorHandler(app)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key)

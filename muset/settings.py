@@ -175,6 +175,18 @@ SETTINGS: tuple[Setting, ...] = (
         _integer(1, 10_000),
         "Connections to Redis of one worker process.",
     ),
+    Setting(
+        "LOG_FILE_MAX_BYTES",
+        100_000_000,
+        _integer(0, 1 << 40),
+        "Size from which LOG_FILE is rotated; 0 leaves that to logrotate.",
+    ),
+    Setting(
+        "MUSET_SLOW_REQUEST",
+        5.0,
+        _seconds(0.001, 3600),
+        "Seconds from which a request is logged as slow.",
+    ),
     Setting("METRICS_HOST", None, _text, "Address of the metrics port; unset means MUSET_HOST."),
     Setting(
         "METRICS_ALLOW",
@@ -267,7 +279,18 @@ class Settings:
         """The file beside standard error; the default one only where it can be written."""
         path = Path(self.values["LOG_FILE"])
         is_chosen = self.sources.get("LOG_FILE", "default") != "default"
-        return path if is_chosen or os.access(path.parent, os.W_OK) else None
+        writable = os.access(path if path.exists() else path.parent, os.W_OK)
+        return path if is_chosen or writable else None
+
+    @property
+    def log_file_max_bytes(self) -> int:
+        """Size from which LOG_FILE is rotated, 0 for never."""
+        return int(self.values["LOG_FILE_MAX_BYTES"])
+
+    @property
+    def slow_request_s(self) -> float:
+        """Seconds from which a request is logged as slow."""
+        return float(self.values["MUSET_SLOW_REQUEST"])
 
     @property
     def enable_metrics(self) -> bool:

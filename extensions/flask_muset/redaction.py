@@ -130,7 +130,10 @@ _SHAPES: tuple[tuple[re.Pattern[str], str], ...] = (
     ),
 )
 
-_KEY = re.compile(r"""(?P<name>[A-Za-z][A-Za-z0-9_.\-]{1,63})\\?["']?\s{0,4}(?:=>|=|:)\s{0,4}""")
+# From the beginning of a word and without going back, or a long word would cost its length squared.
+_KEY = re.compile(
+    r"""(?<![A-Za-z0-9_.\-])(?P<name>[A-Za-z0-9_.\-]{2,}+)\\?["']?\s{0,4}(?:=>|=|:)\s{0,4}"""
+)
 _VALUE = re.compile(
     # JSON within JSON has its quotes escaped
     r"""\\"[^"\\\n]*\\"|"(?:[^"\\\n]|\\.)*"|'(?:[^'\\\n]|\\.)*'|[^\s,;&"'{}()\[\]]+"""
@@ -151,7 +154,7 @@ def _hide_pairs(text: str) -> str:
     out: list[str] = []
     done = 0
     for key in _KEY.finditer(text):
-        if key.start() < done or not is_secret_key(key["name"]):
+        if key.start() < done or not is_secret_key(key["name"][-256:]):
             continue
         value = _VALUE.match(text, key.end())
         if value is not None and not text.startswith(REDACTED, key.end()):
