@@ -4,12 +4,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from flask import Flask
 from sqlalchemy import Engine
 
 from flask_muset import ErrorHandler, Metrics, Resilience, logging, tracing
-from flask_muset.metrics import instrument_sqlalchemy, track_ai_request
+from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
 from muset.adapters.documents import SqliteDocumentStore
@@ -44,6 +45,7 @@ def make_services(
     *,
     instrument: Callable[[Engine], None] | None = None,
     track: TrackCall | None = None,
+    watch: Callable[[GuardedRedis], None] | None = None,
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
@@ -52,6 +54,7 @@ def make_services(
         resilience: Where the policies are declared.
         instrument: Is given each database engine, to count its queries.
         track: Counts the calls of models.
+        watch: Is given the client of Redis, to count its calls.
     """
     database = Database(settings.database_url, _database_policy(resilience), instrument)
     store = SqliteDocumentStore(database)
@@ -67,21 +70,23 @@ def make_services(
             time.monotonic,
             track,
         ),
-        probes=(database, *_redis_probes(settings)),
+        probes=(database, *_redis_probes(settings, watch)),
     )
 
 
-def _count_queries(app: Flask, engine: Engine) -> None:
-    # Engines are made when they are first used, which may be outside of a request.
+def _within(app: Flask, instrument: Callable[[Any], None], made: Any) -> None:
+    # Clients are made when they are first used, which may be outside of a request.
     with app.app_context():
-        instrument_sqlalchemy(engine)
+        instrument(made)
 
 
-def _redis_probes(settings: Settings) -> list[Probe]:
+def _redis_probes(settings: Settings, watch: Callable[[GuardedRedis], None] | None) -> list[Probe]:
     """Redis where it is set: the service works without it, and says so."""
     if settings.redis_url is None:
         return []
     client = GuardedRedis(settings.redis_url, max_connections=settings.redis_max_connections)
+    if watch is not None:
+        watch(client)
     return [RedisProbe(client)]
 
 
@@ -131,7 +136,11 @@ def create_app(settings: Settings | None = None) -> Flask:
     ErrorHandler(app)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     app.extensions["muset"] = make_services(
-        settings, resilience, instrument=partial(_count_queries, app), track=track_ai_request
+        settings,
+        resilience,
+        instrument=partial(_within, app, instrument_sqlalchemy),
+        track=track_ai_request,
+        watch=partial(_within, app, instrument_redis),
     )
     resilience.init_app(app)
     for blueprint in (

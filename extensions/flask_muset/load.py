@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from flask_muset.locks import give_lock
 
-__all__ = ["GATE", "Arrival", "Gate", "Paths", "Verdict", "arrived"]
+__all__ = ["GATE", "Arrival", "Connections", "Gate", "Paths", "Verdict", "arrived", "connections"]
 
 #: The key of an app's gate in `app.extensions`.
 GATE = "flask_muset.gate"
@@ -43,6 +43,20 @@ class Arrival(NamedTuple):
 
 #: The current request's arrival, None where no worker notes it.
 arrived: ContextVar[Arrival | None] = ContextVar("flask_muset.arrived", default=None)
+
+
+class Connections:
+    """Connections of clients.
+
+    Attributes:
+        open: How many this process has now, counted by the fair worker.
+    """
+
+    open = 0
+
+
+#: Of this process.
+connections = Connections()
 
 
 class Paths:

@@ -152,6 +152,8 @@ class GuardedRedis:
         self._make = _maker(url)
         #: Never connected: it packs commands and describes itself.
         self._model = self._make()
+        #: Is told of each call: its seconds, and `ok` or the name of the error's class.
+        self.on_call: Callable[[float, str], None] | None = None
         self._link: _Link | None = None
         self._inherited: _Link | None = None
         give_lock(self)
@@ -277,8 +279,19 @@ class GuardedRedis:
             link.close()
 
     def _call(self, packed: Any, read: "Callable[[_Call], Any]", seconds: float) -> Any:
-        link = self._link or self._begin()
-        return link.call(packed, read, seconds)
+        link, tell = self._link or self._begin(), self.on_call
+        if tell is None:
+            return link.call(packed, read, seconds)
+        began, outcome = SYSTEM.now(), "cut off"
+        try:
+            reply = link.call(packed, read, seconds)
+            outcome = "ok"
+        except MusetError as error:
+            outcome = type(error).__name__
+            raise
+        finally:
+            tell(SYSTEM.now() - began, outcome)
+        return reply
 
     def _reply_or_error(self, call: "_Call") -> Any:
         try:

@@ -69,7 +69,11 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         Else clients that do not read their answers could hold all places of a worker for ever.
         """
         client.settimeout(_STALL_S)
-        AsyncWorker.handle(self, listener, client, addr)
+        load.connections.open += 1
+        try:
+            AsyncWorker.handle(self, listener, client, addr)
+        finally:
+            load.connections.open -= 1
 
     def handle_request(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
         """Wait in line, then serve.

@@ -300,4 +300,8 @@ def test_redis_is_not_needed(make, tmp_path):
             time.sleep(0.05)
     finally:
         server.kill()
+    text = client.get("/metrics").text
+    assert 'muset_redis_calls_total{client="redis",outcome="ok"}' in text
+    assert 'outcome="NetworkError"' in text
+    assert "muset_database_connections_used 0.0" in text
     assert make()[1].get("/health/ready").json["checks"] == {"database": "ok"}

@@ -133,6 +133,8 @@ def test_the_ten_metrics_of_the_guide(service, prove, tmp_path):
                     for query, value in expected.items()
                     if seen[query] is None or abs(seen[query] - value) > 1e-3
                 }
+            # Prometheus' own connection is one.
+            assert prometheus.value("muset_connections_open") >= 1
             prove.figure(f"{len(expected) - len(wrong)} of {len(expected)} values right")
             assert wrong == {}
         finally:

@@ -11,7 +11,7 @@ from typing import Any
 from flask_muset.clock import SYSTEM
 from flask_muset.metrics.series import Families
 
-__all__ = ["measure_httpx", "measure_sqlalchemy", "operation_and_table"]
+__all__ = ["measure_httpx", "measure_redis", "measure_sqlalchemy", "operation_and_table"]
 
 _OPERATIONS = frozenset(
     (
@@ -112,6 +112,22 @@ def measure_sqlalchemy(families: Families, engine: Any, listen: Callable[..., An
     listen(engine, "before_cursor_execute", before)
     listen(engine, "after_cursor_execute", after)
     listen(engine, "handle_error", failed)
+
+
+def measure_redis(families: Families, client: Any) -> None:
+    """Count the calls of a guarded Redis client.
+
+    Args:
+        families: Where.
+        client: A `flask_muset.redis.GuardedRedis`.
+    """
+    name = client.name
+
+    def count(seconds: float, outcome: str) -> None:
+        families["redis_calls_total"].add(1, name, outcome)
+        families["redis_call_duration_seconds"].observe(seconds, name)
+
+    client.on_call = count
 
 
 def measure_httpx(families: Families, client: Any, is_async: bool) -> None:

@@ -14,9 +14,9 @@ from flask import Flask, Request, Response, abort, request
 from prometheus_client import CollectorRegistry
 
 from flask_muset import context
-from flask_muset.load import GATE, Gate
+from flask_muset.load import GATE, Gate, connections
 from flask_muset.metrics.access import may_read
-from flask_muset.metrics.clients import measure_httpx, measure_sqlalchemy
+from flask_muset.metrics.clients import measure_httpx, measure_redis, measure_sqlalchemy
 from flask_muset.metrics.config import Config, read_config
 from flask_muset.metrics.exposition import (
     FolderCollector,
@@ -37,6 +37,7 @@ __all__ = [
     "exporter",
     "folder",
     "instrument_httpx",
+    "instrument_redis",
     "instrument_sqlalchemy",
     "states",
     "track_ai_request",
@@ -67,6 +68,8 @@ class State:
         self._port_pid = 0
         self._exporter: Any = None
         self.own_registry = CollectorRegistry()
+        #: Database engines whose pools can say how much of them is used.
+        self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.folder = folder()
         store = Store() if self.folder is None else _shared_store(self.folder)
         self.families = Families(store, config.namespace, config.max_series, self._archived)
@@ -110,6 +113,9 @@ class State:
 
     def _sample(self, hub_delay_s: float | None) -> None:
         families, app = self.families, self._app()
+        families["connections_open"].get().set(float(connections.open))
+        used = sum(engine.pool.checkedout() for engine in self.engines)
+        families["database_connections_used"].get().set(float(used))
         families["worker_memory_bytes"].get().set(float(resident_bytes()))
         families["workers"].get().set(1.0)
         families["build_info"].get(_version(), platform.python_version()).set(1.0)
@@ -317,11 +323,26 @@ def instrument_sqlalchemy(engine: Any) -> None:
     Args:
         engine: An Engine, or an AsyncEngine's `sync_engine`.
     """
-    families = _families()
-    if families is not None:
+    state = context.state(_KEY, "Metrics")
+    if state.families is not None:
         from sqlalchemy import event
 
-        measure_sqlalchemy(families, engine, event.listen)
+        measure_sqlalchemy(state.families, engine, event.listen)
+        if hasattr(engine.pool, "checkedout"):
+            state.engines.add(engine)
+
+
+def instrument_redis(client: Any) -> None:
+    """Count the calls of a guarded Redis client for the current app.
+
+    redis-py's own client has no hook that is told of every command, so it is not counted.
+
+    Args:
+        client: A `flask_muset.redis.GuardedRedis`.
+    """
+    families = _families()
+    if families is not None:
+        measure_redis(families, client)
 
 
 def instrument_httpx(client: Any) -> None:

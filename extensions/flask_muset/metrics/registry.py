@@ -94,6 +94,14 @@ METRICS: tuple[Row, ...] = (
         "1 for the state that a link to Redis is in, else 0; in any worker",
         across="livemax",
     ),
+    Row("redis_calls_total", _C, ("client", "outcome"), "Calls of guarded Redis clients"),
+    Row(
+        "redis_call_duration_seconds",
+        _H,
+        ("client",),
+        "Duration of calls of guarded Redis clients, refused ones too",
+        _CACHE_S,
+    ),
     Row("http_client_requests_total", _C, ("host", "status_code"), "Requests to other services"),
     Row(
         "http_client_request_duration_seconds",
@@ -118,6 +126,8 @@ METRICS: tuple[Row, ...] = (
         "The longest that gevent's hub was late in the last 30 to 60 s, in the worst worker",
         across="livemax",
     ),
+    Row("connections_open", _G, (), "Connections of clients to the fair worker"),
+    Row("database_connections_used", _G, (), "Connections that queries have out of their pools"),
     Row("requests_in_flight", _G, (), "Requests that the limit of Resilience counts now"),
     Row("worker_memory_bytes", _G, (), "Resident memory of all workers"),
     Row("workers", _G, (), "Worker processes that have served requests"),
