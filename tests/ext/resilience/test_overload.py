@@ -87,7 +87,7 @@ while True:
         sent += 1
     if now >= next_probe:
         running.append(gevent.spawn(probe))
-        next_probe += 0.05
+        next_probe += 0.1
     gevent.sleep(0.002)
 gevent.joinall(running, timeout=20, raise_error=True)
 good = sum(status == 200 and took <= 1 for status, took, _ in seen)
