@@ -85,9 +85,16 @@ class FolderCollector:
         self._folder = folder
 
     def collect(self) -> Iterable[Metric]:
-        """All metrics."""
+        """All metrics.
+
+        Raises:
+            TimeoutError: The files were locked for too long. Read without the lock they might count
+                a dead worker twice, and fall the next time.
+        """
         sums: dict[str, dict[bytes, float]] = {}
-        with files.locked(self._folder, exclusive=False):
+        with files.locked(self._folder, exclusive=False) as mine:
+            if not mine:
+                raise TimeoutError(f"metrics: the files in {self._folder} stayed locked")
             gauges = []
             for path in files.paths(self._folder):
                 kind = os.path.basename(path).partition("_")[0]

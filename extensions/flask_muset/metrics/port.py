@@ -3,13 +3,14 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from flask_muset.locks import is_patched
+from flask_muset.locks import is_patched, original
 
 __all__ = ["keep_open", "open_port"]
 
@@ -23,20 +24,39 @@ def open_port(host: str, port: int, registry: CollectorRegistry) -> None:
     Raises:
         OSError: The port cannot be had.
     """
+    if is_patched():
+        _open_in_native_thread(host, port, registry)
+        return
     server, _ = start_http_server(port, host, registry=registry)
-    pid = os.getpid()
+    # No thread outlives a fork, what it listens on does.
+    os.register_at_fork(after_in_child=server.socket.close)
 
-    def close_in_child() -> None:
-        if not is_patched():  # no thread outlives a fork, what it listens on does
-            server.socket.close()
 
-    def end_in_child() -> None:
-        if os.getpid() != pid:  # a greenlet outlives a fork
-            server.server_close()
-            threading.Event().wait()  # for good; threading has forgotten it and cannot end it
+def _open_in_native_thread(host: str, port: int, registry: CollectorRegistry) -> None:
+    """Serve from a thread that gevent knows nothing of, in a hub of its own.
 
-    server.service_actions = end_in_child  # type: ignore[method-assign]
-    os.register_at_fork(after_in_child=close_in_child)
+    A greenlet outlives a fork: those of the server, and of the requests that it is answering, would
+    go on in each worker with the master's connections, and end them in the midst of an answer.
+    """
+    started = original("_thread", "allocate_lock")()
+    started.acquire()
+    failed: list[OSError] = []
+
+    def serve() -> None:
+        try:
+            start_http_server(port, host, registry=registry)
+        except OSError as error:
+            failed.append(error)
+            return
+        finally:
+            started.release()
+        while True:
+            time.sleep(3_600)  # this thread's hub runs the server
+
+    original("_thread", "start_new_thread")(serve, ())
+    started.acquire()
+    if failed:
+        raise failed[0]
 
 
 def keep_open(

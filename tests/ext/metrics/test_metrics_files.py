@@ -181,6 +181,17 @@ def test_a_stopped_reader_does_not_stop_the_server(tmp_path, monkeypatch):
         assert len(files.paths(str(tmp_path))) == 2
 
 
+def test_nothing_is_read_while_files_are_folded(tmp_path, monkeypatch):
+    """A scrape that cannot have the lock fails; it would count a worker twice, and fall later."""
+    monkeypatch.setattr(files, "_PATIENCE_S", 0.05)
+    run_workers(tmp_path, 1)
+    with open(tmp_path / ".lock", "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(TimeoutError, match="stayed locked"):
+            values(tmp_path)
+    assert values(tmp_path)
+
+
 def test_a_failed_fold_changes_nothing(tmp_path, monkeypatch):
     """No space left: the archive is the old one, the dead worker's files are there."""
     run_workers(tmp_path, 2)

@@ -273,6 +273,31 @@ def test_a_port_in_use_does_not_stop_the_start(tmp_path):
     assert log.count("METRICS_PORT: cannot listen") == 1
 
 
+def test_requests_at_the_port_stay_with_the_master(tmp_path):
+    """A worker that is forked while the port has a request does not answer it, nor end it."""
+    own = free_port()
+    with serve(tmp_path, APP, "--preload", config=HOOKS.format(port=own)) as (process, _):
+        wait_until(lambda: seen(own))
+        (worker,) = workers_of(process.pid)
+        with socket.create_connection(("127.0.0.1", own), 5) as connection:
+            seen(own)  # the one before it has been accepted
+            os.kill(worker, signal.SIGKILL)
+            wait_until(lambda: set(workers_of(process.pid)) - {worker})
+            wait_until(lambda: (tmp_path / "gunicorn.log").read_text().count("Booting worker") == 2)
+            time.sleep(0.5)
+            os.kill(process.pid, signal.SIGSTOP)
+            try:
+                connection.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                connection.settimeout(1)
+                with pytest.raises(TimeoutError):
+                    connection.recv(1)
+            finally:
+                os.kill(process.pid, signal.SIGCONT)
+            connection.settimeout(5)
+            assert connection.recv(100).startswith(b"HTTP/1.0 200")
+    assert "Traceback" not in (tmp_path / "gunicorn.log").read_text()
+
+
 def test_preloaded_app_on_another_worker_and_a_clean_end(tmp_path):
     """gthread and preload: the app's own METRICS_PORT is taken; nothing is left behind."""
     own = free_port()
