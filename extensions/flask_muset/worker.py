@@ -23,7 +23,6 @@ from typing import Any
 
 import gevent
 from gevent.hub import Waiter
-from gunicorn.workers.base_async import AsyncWorker
 from gunicorn.workers.ggevent import GeventWorker
 
 from flask_muset import load
@@ -64,14 +63,10 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def handle(self, listener: Any, client: Any, addr: Any) -> None:
-        """Serve a connection; one that takes or gives nothing for long is closed.
-
-        Else clients that do not read their answers could hold all places of a worker for ever.
-        """
-        client.settimeout(_STALL_S)
+        """Serve a connection, and count it while it is open."""
         load.connections.open += 1
         try:
-            AsyncWorker.handle(self, listener, client, addr)
+            super().handle(listener, client, addr)
         finally:
             load.connections.open -= 1
 
@@ -82,9 +77,15 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         nothing to wait for, and in the line it would keep its place from one that can be served.
         """
         gate: load.Gate | None = getattr(self.wsgi, "extensions", {}).get(load.GATE)
+        # A client that takes or gives nothing for long is closed. Else those who do not read their
+        # answers could hold all places of a worker for ever.
+        sock.settimeout(_STALL_S)
         if gate is None:
             self._line.wait()
-            return super().handle_request(listener_name, req, sock, addr)
+            try:
+                return super().handle_request(listener_name, req, sock, addr)
+            finally:
+                sock.settimeout(None)  # the wait for the next request has its own
         verdict = gate.arrive(req.path)
         load.arrived.set(load.Arrival(gate, verdict, SYSTEM.now()))
         try:
@@ -92,6 +93,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
                 self._line.wait()
             return super().handle_request(listener_name, req, sock, addr)
         finally:
+            sock.settimeout(None)
             load.arrived.set(None)
             if verdict is load.Verdict.ADMITTED:
                 gate.depart()
