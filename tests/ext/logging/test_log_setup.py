@@ -187,7 +187,8 @@ def test_standard_error_that_fails(tmp_path):
         "import os, sys; from flask_muset.logging import configure, get_logger, lost_lines;"
         "configure(file=sys.argv[1]); os.close(2); get_logger('x').info('text');"
         "os.open('/dev/full', os.O_WRONLY); get_logger('x').info('text');"
-        "assert lost_lines() == 2"
+        # Some Pythons end with 120 where they cannot flush standard error at their end.
+        "os._exit(lost_lines() != 2)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.log")], check=True, timeout=60)
     assert len((tmp_path / "x.log").read_text().splitlines()) == 2

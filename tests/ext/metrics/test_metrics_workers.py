@@ -278,6 +278,7 @@ def test_requests_at_the_port_stay_with_the_master(tmp_path):
     own = free_port()
     with serve(tmp_path, APP, "--preload", config=HOOKS.format(port=own)) as (process, _):
         wait_until(lambda: seen(own))
+        wait_until(lambda: workers_of(process.pid))
         (worker,) = workers_of(process.pid)
         with socket.create_connection(("127.0.0.1", own), 5) as connection:
             seen(own)  # the one before it has been accepted
