@@ -93,13 +93,11 @@ class Bulkhead(Part):
         Raises:
             OverloadedError: None is free, and none became free in time.
         """
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
+        if self._take_free():
+            return
         seconds = self._seconds()
-        waiter = _Parked()
         if seconds > 0:
+            waiter = _Parked()
             self._queue(waiter)
             try:
                 given = waiter.wait(seconds)
@@ -112,13 +110,11 @@ class Bulkhead(Part):
 
     async def aenter(self) -> None:
         """Take a permit; see `enter`."""
-        with self._lock:
-            if self._free:
-                self._free -= 1
-                return
+        if self._take_free():
+            return
         seconds = self._seconds()
-        waiter = _Awaited()
         if seconds > 0:
+            waiter = _Awaited()
             self._queue(waiter)
             try:
                 given = await waiter.wait(seconds)
@@ -137,6 +133,13 @@ class Bulkhead(Part):
                 self._free += 1
         if waiter is not None:
             waiter.wake()
+
+    def _take_free(self) -> bool:
+        with self._lock:
+            if not self._free:
+                return False
+            self._free -= 1
+            return True
 
     def _seconds(self) -> float:
         left = deadline.remaining()
