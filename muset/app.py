@@ -9,18 +9,19 @@ from typing import Any
 from flask import Flask
 from sqlalchemy import Engine
 
-from flask_muset import ErrorHandler, Metrics, Resilience, logging, tracing
+from flask_muset import CacheStrategies, ErrorHandler, Metrics, Resilience, logging, tracing
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
+from muset.adapters.cache import NoCache
 from muset.adapters.documents import SqliteDocumentStore
 from muset.adapters.keys import SqliteKeyStore
 from muset.adapters.redis import RedisProbe
 from muset.adapters.sqlite import Database, is_outage
 from muset.blueprints import admin, ask, auth, documents, health, openapi
-from muset.ports import Probe, TrackCall
+from muset.ports import Cache, Document, Probe, TrackCall
 from muset.providers.extractive import ExtractiveProvider
-from muset.services.ask import AskService
+from muset.services.ask import Answer, AskService
 from muset.services.documents import DocumentService
 from muset.services.keys import KeyService
 from muset.settings import Settings, load_settings
@@ -42,35 +43,39 @@ class Services:
 def make_services(
     settings: Settings,
     resilience: Resilience,
+    cache: Cache | None = None,
     *,
     instrument: Callable[[Engine], None] | None = None,
     track: TrackCall | None = None,
-    watch: Callable[[GuardedRedis], None] | None = None,
+    redis: GuardedRedis | None = None,
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
     Args:
         settings: What holds.
         resilience: Where the policies are declared.
+        cache: Where documents and answers are kept; None for nowhere.
         instrument: Is given each database engine, to count its queries.
         track: Counts the calls of models.
-        watch: Is given the client of Redis, to count its calls.
+        redis: Whether it answers is probed.
     """
     database = Database(settings.database_url, _database_policy(resilience), instrument)
     store = SqliteDocumentStore(database)
+    cache = NoCache() if cache is None else cache
     provider = ExtractiveProvider()
     return Services(
         database=database,
         keys=KeyService(SqliteKeyStore(database)),
-        documents=DocumentService(store, settings.max_document_bytes),
+        documents=DocumentService(store, cache, settings.max_document_bytes),
         ask=AskService(
             store,
+            cache,
             provider,
             resilience.policy(provider.name),
             time.monotonic,
             track,
         ),
-        probes=(database, *_redis_probes(settings, watch)),
+        probes=(database,) if redis is None else (database, RedisProbe(redis)),
     )
 
 
@@ -78,16 +83,6 @@ def _within(app: Flask, instrument: Callable[[Any], None], made: Any) -> None:
     # Clients are made when they are first used, which may be outside of a request.
     with app.app_context():
         instrument(made)
-
-
-def _redis_probes(settings: Settings, watch: Callable[[GuardedRedis], None] | None) -> list[Probe]:
-    """Redis where it is set: the service works without it, and says so."""
-    if settings.redis_url is None:
-        return []
-    client = GuardedRedis(settings.redis_url, max_connections=settings.redis_max_connections)
-    if watch is not None:
-        watch(client)
-    return [RedisProbe(client)]
 
 
 def _database_policy(resilience: Resilience) -> Policy:
@@ -114,6 +109,15 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
+def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
+    """One client for all that use Redis, where it is set: the service works without it."""
+    if settings.redis_url is None:
+        return None
+    client = GuardedRedis(settings.redis_url, max_connections=settings.redis_max_connections)
+    _within(app, instrument_redis, client)
+    return client
+
+
 def create_app(settings: Settings | None = None) -> Flask:
     """Make the service.
 
@@ -135,12 +139,17 @@ def create_app(settings: Settings | None = None) -> Flask:
     Metrics(app, authorize=auth.is_admin)
     ErrorHandler(app)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key)
+    redis = _redis(app, settings)
+    cache = CacheStrategies(app, redis=redis)
+    for kept in (Answer, Document):
+        cache.register(kept)
     app.extensions["muset"] = make_services(
         settings,
         resilience,
+        cache,
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
-        watch=partial(_within, app, instrument_redis),
+        redis=redis,
     )
     resilience.init_app(app)
     for blueprint in (

@@ -175,6 +175,20 @@ class CallPolicy(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """Values by key that may be gone at any time."""
+
+    def cache_aside(
+        self, key: str, fetch_func: Callable[[], Any], expire: float | None = None, **options: Any
+    ) -> Any:
+        """The value of a key; of all who ask for one that is not there, one fetches it."""
+        ...
+
+    def delete(self, key: str) -> bool:
+        """Forget a key; who is fetching it now does not put it in any more."""
+        ...
+
+
 class TrackCall(Protocol):
     """What counts the calls of models."""
 
@@ -235,6 +249,10 @@ class DocumentStore(Protocol):
 
     def delete(self, document_id: int) -> bool:
         """Forget a document and its passages; False if there is none."""
+        ...
+
+    def version(self) -> str:
+        """Changes with every document that comes or goes, and is never the same again."""
         ...
 
     def existing(self, document_ids: Sequence[int]) -> frozenset[int]:

@@ -7,13 +7,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from flask_muset.cache_strategies import CacheStrategies
     from flask_muset.error_handler import ErrorHandler
     from flask_muset.metrics import Metrics
     from flask_muset.resilience import Resilience
 
-__all__ = ["ErrorHandler", "Metrics", "Resilience"]
+__all__ = ["CacheStrategies", "ErrorHandler", "Metrics", "Resilience"]
 
 _HOMES = {
+    "CacheStrategies": "flask_muset.cache_strategies",
     "ErrorHandler": "flask_muset.error_handler",
     "Metrics": "flask_muset.metrics",
     "Resilience": "flask_muset.resilience",

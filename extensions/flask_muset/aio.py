@@ -13,6 +13,7 @@ from werkzeug.local import LocalProxy
 
 from flask_muset import context
 from flask_muset.deadline import deadline
+from flask_muset.locks import refuse_asyncio_under_gevent
 from flask_muset.resilience import (
     Bulkhead,
     CircuitBreaker,
@@ -25,7 +26,6 @@ from flask_muset.resilience import (
     retry,
     retry_async,
 )
-from flask_muset.resilience.guards import refuse_asyncio_under_gevent
 from flask_muset.resilience.recovery import ErrorRecovery as _ErrorRecovery
 
 __all__ = [

@@ -11,7 +11,7 @@ import sys
 import weakref
 from typing import Any
 
-__all__ = ["give_lock", "is_patched", "original"]
+__all__ = ["give_lock", "is_patched", "original", "refuse_asyncio_under_gevent"]
 
 _owners: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
@@ -20,6 +20,20 @@ def is_patched(module: str = "threading") -> bool:
     """Whether gevent has patched a module of the standard library in this process."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def refuse_asyncio_under_gevent() -> None:
+    """Raise where asyncio cannot work.
+
+    Raises:
+        RuntimeError: gevent has patched this process: the running loop is kept per thread there,
+            so two greenlets would meet in one loop.
+    """
+    if is_patched():
+        raise RuntimeError(
+            "asyncio does not work in a process that gevent has patched; write a plain function "
+            "(it gives way while it waits) and use the name without flask_muset.aio and await."
+        )
 
 
 def original(module: str, name: str) -> Any:

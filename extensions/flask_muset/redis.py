@@ -75,7 +75,7 @@ _UP, _DOUBT, _DOWN, _CLOSED = "up", "doubt", "down", "closed"
 
 #: Seconds between two probes at first; they double, half of each is chance.
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
+_LONGEST_PAUSE_S = 0.25
 #: A prober that is this late is gone, killed with its greenlet for one, and replaced.
 _PROBER_LATE_S = 10.0
 #: A budget that ends later than this has ended while this process had no time for it.
@@ -154,6 +154,8 @@ class GuardedRedis:
         self._model = self._make()
         #: Is told of each call: its seconds, and `ok` or the name of the error's class.
         self.on_call: Callable[[float, str], None] | None = None
+        #: Is told of each new state of the link, `up`, `doubt` or `down`; it must not raise.
+        self.on_change: Callable[[str], None] | None = None
         self._link: _Link | None = None
         self._inherited: _Link | None = None
         give_lock(self)
@@ -260,16 +262,20 @@ class GuardedRedis:
         """
         self._call(self._model.pack_command("PING"), _Call.read, timeout_s)
 
-    def dedicated(self) -> Any:
+    def dedicated(self, *, timeout_s: float | None = None) -> Any:
         """Make a connection of the caller's own, for pub/sub or for reading a stream.
 
-        It is not connected yet, belongs to no pool, waits for replies without end, and says nothing
-        about the link. It must be made in the process that uses it.
+        It is not connected yet, belongs to no pool, and says nothing about the link. It must be
+        made in the process that uses it.
+
+        Args:
+            timeout_s: Seconds that it waits for a reply before it raises redis-py's TimeoutError,
+                after which it may be asked again; None waits without end.
 
         Returns:
             A `redis.connection.Connection`; whoever asked for it disconnects it.
         """
-        return self._make(socket_timeout=None, socket_connect_timeout=_DEDICATED_CONNECT_S)
+        return self._make(socket_timeout=timeout_s, socket_connect_timeout=_DEDICATED_CONNECT_S)
 
     def close(self) -> None:
         """Close all connections and stop probing; the next call begins anew."""
@@ -305,8 +311,14 @@ class GuardedRedis:
         self._inherited = None
         with self._lock:
             if self._link is None:
-                self._link = _Link(self.name, self.budget_s, self.max_connections, self._make)
+                self._link = _Link(
+                    self.name, self.budget_s, self.max_connections, self._make, self._changed
+                )
             return self._link
+
+    def _changed(self, state: str) -> None:
+        if self.on_change is not None:
+            self.on_change(state)
 
     def _forked(self) -> None:
         """Runs in a forked child, before gevent has its hub ready: nothing is closed here."""
@@ -660,9 +672,15 @@ class _Link:
     """What one process has: connections, and whether they are worth trying."""
 
     def __init__(
-        self, name: str, budget_s: float, max_connections: int, make: Callable[[], Any]
+        self,
+        name: str,
+        budget_s: float,
+        max_connections: int,
+        make: Callable[[], Any],
+        changed: Callable[[str], None],
     ) -> None:
         self.name = name
+        self._changed = changed
         self.state = _UP
         self._budget_s = budget_s
         self._make = make
@@ -786,6 +804,7 @@ class _Link:
         level = logging.INFO if state == _UP else logging.WARNING
         _log.log(level, "the link to %s is %s: %s", self.name, state, reason)
         context.emit(redis_link_changed, LinkEvent(self.name, state))
+        self._changed(state)
 
     def _refusal(self) -> CircuitOpenError:
         now = SYSTEM.now()

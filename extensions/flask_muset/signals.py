@@ -13,11 +13,13 @@ from flask_muset.errors import ErrorCategory, Severity
 
 __all__ = [
     "BreakerEvent",
+    "CacheEvent",
     "Decision",
     "ErrorEvent",
     "LinkEvent",
     "PolicyEvent",
     "breaker_changed",
+    "cache_operated",
     "error_handled",
     "policy_decided",
     "redis_link_changed",
@@ -130,3 +132,23 @@ policy_decided = _signals.signal("policy-decided")
 breaker_changed = _signals.signal("breaker-changed")
 #: Sent with `event`, a LinkEvent.
 redis_link_changed = _signals.signal("redis-link-changed")
+
+
+@dataclass(frozen=True, slots=True)
+class CacheEvent:
+    """One operation on a cache.
+
+    Attributes:
+        operation: Label: `get`, `set`, `delete`, `delete_pattern`, `load`, `refresh` and the like.
+        status: Label: `hit`, `miss`, `stale`, `bypass`, `ok`, `error`, `unavailable`, `unreadable`
+            and the like.
+        duration_s: Seconds that a `get` took without the load; None for all others.
+    """
+
+    operation: str
+    status: str
+    duration_s: float | None = None
+
+
+#: Sent with `event`, a CacheEvent.
+cache_operated = _signals.signal("cache-operated")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from muset.adapters.sqlite import Database
 from muset.adapters.sqlite_search import index_passages, search_passages
@@ -85,6 +85,17 @@ class SqliteDocumentStore:
         """Forget a document and its passages; False if there is none."""
         change = delete(Table).where(Table.id == document_id)
         return self._database.write(lambda c: c.execute(change).rowcount == 1)
+
+    def version(self) -> str:
+        """The greatest id and the number of documents.
+
+        Ids are not used again and documents do not change, so the same two numbers mean the same
+        documents: between them none has come, as that would have raised the greatest id, unless it
+        has gone again; and none has gone, as that would have lowered the number.
+        """
+        query = select(func.coalesce(func.max(Table.id), 0), func.count(Table.id))
+        greatest, count = self._database.read(lambda c: c.execute(query).one())
+        return f"{greatest}.{count}"
 
     def existing(self, document_ids: Sequence[int]) -> frozenset[int]:
         """Those of the ids that exist."""

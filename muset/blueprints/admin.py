@@ -6,13 +6,22 @@ from typing import Any
 from flask import Blueprint, Response, current_app, jsonify
 from spectree import Response as Described
 
+from flask_muset.cache_strategies import cache_manager
 from flask_muset.context import request_id
 from flask_muset.error_handler import recent_errors
 from flask_muset.errors import ConflictError, NotFoundError, ValidationError
 from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
 from muset.blueprints.auth import principal, require_admin
 from muset.blueprints.openapi import json_body, spec
-from muset.blueprints.schemas import ErrorList, KeptError, PolicyIn, PolicyList, PolicyOut
+from muset.blueprints.schemas import (
+    ErrorList,
+    InvalidateIn,
+    InvalidateOut,
+    KeptError,
+    PolicyIn,
+    PolicyList,
+    PolicyOut,
+)
 
 __all__ = ["blueprint"]
 
@@ -70,17 +79,33 @@ def change_policy(name: str) -> Response:
         breaker.force_closed(body.expires_s)
     else:
         breaker.reset()
+    how_long = "" if body.expires_s is None else f" for {body.expires_s:g} s"
+    _log_change(f"policy {name} set to {body.mode}{how_long}")
+    return jsonify(_policy(name))
+
+
+@blueprint.post("/cache/invalidate")
+@spec.validate(json=InvalidateIn, resp=Described(HTTP_200=InvalidateOut), tags=["admin"])
+def invalidate_cache() -> Response:
+    """Delete keys of the cache, in all worker processes.
+
+    While Redis is away nobody can say how many there are: 503, and some may have been deleted.
+    """
+    body: InvalidateIn = json_body()
+    deleted = cache_manager.delete_pattern(body.pattern)
+    _log_change(f"{deleted} keys of the cache deleted, which match {body.pattern!a}")
+    return jsonify({"deleted": deleted})
+
+
+def _log_change(what: str) -> None:
     who = principal()
     _audit.info(
-        "audit: policy %s set to %s%s by user %d with key %d, request %s",
-        name,
-        body.mode,
-        "" if body.expires_s is None else f" for {body.expires_s:g} s",
+        "audit: %s by user %d with key %d, request %s",
+        what,
         who.user_id,
         who.key_id,
         request_id(),
     )
-    return jsonify(_policy(name))
 
 
 def _policy(name: str) -> dict[str, Any]:

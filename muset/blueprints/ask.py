@@ -40,6 +40,6 @@ def ask() -> Response:
                 "output_tokens": answer.output_tokens,
             },
             "model": answer.model,
-            "cached": False,
+            "cached": answer.cached,
         }
     )

@@ -189,6 +189,18 @@ class PolicyList(BaseModel):
     next_cursor: None = None
 
 
+class InvalidateIn(_In):
+    """Which keys of the cache to delete: `*` stands for any text, all else for itself."""
+
+    pattern: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+
+
+class InvalidateOut(BaseModel):
+    """Exactly how many there were."""
+
+    deleted: int
+
+
 class Live(BaseModel):
     """The process answers."""
 

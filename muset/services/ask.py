@@ -1,22 +1,28 @@
 """A question, the passages that speak about it, and an answer from a provider."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flask_muset.errors import ValidationError
 from muset.ports import (
     AnswerStatus,
+    Cache,
     CallPolicy,
     Citation,
     DocumentStore,
     Provider,
     ProviderAnswer,
+    Retrieval,
     TrackCall,
 )
 
 __all__ = ["Answer", "AskService", "Attempt"]
 
 UNSURE = "The documents do not say enough about this."
+#: Seconds for which an answer is kept. The documents cannot change meanwhile: they are in its key.
+_KEPT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer and how it came about."""
+    """An answer and how it came about; one of the cache took no attempt and no tokens."""
 
     text: str
     status: AnswerStatus
@@ -41,6 +47,15 @@ class Answer:
     input_tokens: int
     output_tokens: int
     model: str
+    cached: bool = False
+
+
+class _NotKeptError(Exception):
+    """Carries an answer past the cache: only certain ones are kept."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__("not kept")
+        self.answer = answer
 
 
 class AskService:
@@ -48,6 +63,7 @@ class AskService:
 
     Args:
         documents: Where passages are found.
+        cache: Where answers are kept.
         provider: What makes an answer of them.
         policy: What guards the calls of the provider.
         clock: Seconds that never go back.
@@ -57,12 +73,14 @@ class AskService:
     def __init__(
         self,
         documents: DocumentStore,
+        cache: Cache,
         provider: Provider,
         policy: CallPolicy,
         clock: Callable[[], float],
         track: TrackCall | None = None,
     ) -> None:
         self._documents = documents
+        self._cache = cache
         self._provider = provider
         self._policy = policy
         self._clock = clock
@@ -77,7 +95,7 @@ class AskService:
         model: str | None = None,
         max_tokens: int | None = None,
     ) -> Answer:
-        """Answer a question.
+        """Answer a question; the same one about the same documents is answered once.
 
         Args:
             question: Any text that is not blank.
@@ -96,8 +114,45 @@ class AskService:
             missing = sorted(set(document_ids) - self._documents.existing(document_ids))
             if missing:
                 raise ValidationError(f"unknown ids {missing}", field="document_ids")
-        retrieval = self._documents.search(question, k=k, document_ids=document_ids)
+        asked = {
+            "question": question,
+            "documents": None if document_ids is None else sorted(set(document_ids)),
+            "k": k,
+            "max_tokens": max_tokens,
+        }
         attempts: list[Attempt] = []
+
+        def fetch() -> Answer:
+            retrieval = self._documents.search(question, k=k, document_ids=document_ids)
+            answer = self._answer(question, retrieval, chosen, max_tokens, attempts)
+            if answer.status is not AnswerStatus.ANSWERED:
+                raise _NotKeptError(answer)
+            return answer
+
+        is_kept = True
+        try:
+            answer: Answer = self._cache.cache_aside(self._key(chosen, asked), fetch, _KEPT_S)
+        except _NotKeptError as error:
+            answer, is_kept = error.answer, False
+        if attempts:
+            return answer
+        # Somebody else has asked it, before or at this moment.
+        return replace(answer, attempts=(), input_tokens=0, output_tokens=0, cached=is_kept)
+
+    def _key(self, model: str, asked: dict[str, object]) -> str:
+        """Of the model, the documents that there are now, and all that the answer depends on."""
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        return f"ask:{model}:{self._documents.version()}:{digest}"
+
+    def _answer(
+        self,
+        question: str,
+        retrieval: Retrieval,
+        model: str,
+        max_tokens: int | None,
+        attempts: list[Attempt],
+    ) -> Answer:
+        """Ask the provider under its policy; each call is added to `attempts`."""
         ended = self._clock()
 
         def attempt() -> ProviderAnswer:
@@ -105,17 +160,15 @@ class AskService:
             began, outcome, tokens = self._clock(), "error", (0, 0)
             try:
                 answer = self._provider.answer(
-                    question, retrieval, model=chosen, max_tokens=max_tokens
+                    question, retrieval, model=model, max_tokens=max_tokens
                 )
                 outcome, tokens = "success", (answer.input_tokens, answer.output_tokens)
                 return answer
             finally:
                 wait_s, ended = began - ended, self._clock()
-                attempts.append(
-                    Attempt(self._provider.name, chosen, outcome, wait_s, ended - began)
-                )
+                attempts.append(Attempt(self._provider.name, model, outcome, wait_s, ended - began))
                 if self._track is not None:
-                    self._track(chosen, ended - began, outcome, *tokens)
+                    self._track(model, ended - began, outcome, *tokens)
 
         result: ProviderAnswer = self._policy.call(attempt)
         return Answer(
@@ -125,7 +178,7 @@ class AskService:
             attempts=tuple(attempts),
             input_tokens=result.input_tokens,
             output_tokens=result.output_tokens,
-            model=chosen,
+            model=model,
         )
 
     def _model(self, model: str | None) -> str:

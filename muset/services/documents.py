@@ -3,13 +3,20 @@
 from collections.abc import Sequence
 
 from flask_muset.errors import AuthorizationError, MusetError, NotFoundError, ValidationError
-from muset.ports import Document, DocumentStore, Principal
+from muset.ports import Cache, Document, DocumentStore, Principal
 
 __all__ = ["MAX_ID", "DocumentService"]
 
 #: Ids are signed 64-bit integers in every database; a greater one exists nowhere.
 MAX_ID = (1 << 63) - 1
 _MAX_TITLE = 200
+#: Seconds for which a document is read from the cache, and from there alone while the database is
+#: away; and for which it is remembered that there is none.
+_FRESH_S, _STALE_S, _MISSING_S = 300.0, 3600.0, 5.0
+
+
+def _key(document_id: int) -> str:
+    return f"document:{document_id}"
 
 
 def _not_found(document_id: int) -> NotFoundError:
@@ -25,11 +32,13 @@ class DocumentService:
 
     Args:
         store: Where they are kept.
+        cache: Where those are that were read lately.
         max_bytes: Size of a text at most, in bytes of UTF-8.
     """
 
-    def __init__(self, store: DocumentStore, max_bytes: int) -> None:
+    def __init__(self, store: DocumentStore, cache: Cache, max_bytes: int) -> None:
         self._store = store
+        self._cache = cache
         self._max_bytes = max_bytes
 
     def add(self, who: Principal, title: str, text: str) -> tuple[Document, bool]:
@@ -48,7 +57,10 @@ class DocumentService:
         size = len(text.encode())
         if size > self._max_bytes:
             raise too_large(self._max_bytes)
-        return self._store.add(user_id=who.user_id, title=title, text=text)
+        document, is_new = self._store.add(user_id=who.user_id, title=title, text=text)
+        # Somebody may have asked for it before it was there.
+        self._cache.delete(_key(document.id))
+        return document, is_new
 
     def _check_characters(self, name: str, value: str) -> None:
         if "\0" in value:
@@ -66,7 +78,19 @@ class DocumentService:
         Raises:
             NotFoundError: There is none.
         """
-        document = self._store.get(document_id) if 0 < document_id <= MAX_ID else None
+        if not 0 < document_id <= MAX_ID:
+            raise _not_found(document_id)
+        document: Document = self._cache.cache_aside(
+            _key(document_id),
+            lambda: self._read(document_id),
+            _FRESH_S,
+            stale_if_error=_STALE_S,
+            negative_expire=_MISSING_S,
+        )
+        return document
+
+    def _read(self, document_id: int) -> Document:
+        document = self._store.get(document_id)
         if document is None:
             raise _not_found(document_id)
         return document
@@ -89,8 +113,13 @@ class DocumentService:
                 f"user {who.user_id} may not delete document {document_id}",
                 user_message="Only its owner or an admin may delete this document.",
             )
-        if not self._store.delete(document_id):
-            raise _not_found(document_id)
+        # Before as well: whoever dies in between leaves nothing behind that could be read.
+        self._cache.delete(_key(document_id))
+        try:
+            if not self._store.delete(document_id):
+                raise _not_found(document_id)
+        finally:
+            self._cache.delete(_key(document_id))
 
 
 def too_large(max_bytes: int) -> MusetError:

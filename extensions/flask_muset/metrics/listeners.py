@@ -6,10 +6,12 @@ from typing import Any
 from flask_muset.metrics.series import Families
 from flask_muset.signals import (
     BreakerEvent,
+    CacheEvent,
     ErrorEvent,
     LinkEvent,
     PolicyEvent,
     breaker_changed,
+    cache_operated,
     error_handled,
     policy_decided,
     redis_link_changed,
@@ -33,6 +35,7 @@ class Listeners:
         policy_decided.connect(self.on_decision)
         breaker_changed.connect(self.on_breaker)
         redis_link_changed.connect(self.on_link)
+        cache_operated.connect(self.on_cache)
 
     def on_error(self, sender: Any, *, event: ErrorEvent, **_: Any) -> None:
         """Count an error."""
@@ -60,6 +63,13 @@ class Listeners:
             for state in ("up", "doubt", "down"):
                 self._families["redis_link_state"].get(event.name, state).set(0.0)
             self._show("redis_link_state", event.name, event.state)
+
+    def on_cache(self, sender: Any, *, event: CacheEvent, **_: Any) -> None:
+        """Count an operation on the cache, and how long a read took."""
+        if self._concerns(sender):
+            self._families["cache_operations_total"].add(1, event.operation, event.status)
+            if event.duration_s is not None:
+                self._families["cache_get_duration_seconds"].observe(event.duration_s)
 
     def _show(self, family: str, name: str, state: str) -> None:
         self._families[family].get(name, str(state)).set(1.0)

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from flask_muset import context
 from flask_muset.errors import MusetError
-from flask_muset.locks import is_patched
+from flask_muset.locks import refuse_asyncio_under_gevent
 from flask_muset.signals import Decision, PolicyEvent, policy_decided
 from flask_muset.translate import translate
 
@@ -38,7 +38,6 @@ __all__ = [
     "error_of",
     "is_coroutine_function",
     "is_plain",
-    "refuse_asyncio_under_gevent",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -80,20 +79,6 @@ def is_plain(fn: Callable[..., Any]) -> bool:
         or inspect.isgeneratorfunction(fn)
         or inspect.isasyncgenfunction(fn)
     )
-
-
-def refuse_asyncio_under_gevent() -> None:
-    """Raise where asyncio cannot work.
-
-    Raises:
-        RuntimeError: gevent has patched this process: the running loop is kept per thread there,
-            so two greenlets would meet in one loop.
-    """
-    if is_patched():
-        raise RuntimeError(
-            "asyncio does not work in a process that gevent has patched; write a plain function "
-            "(it gives way while it waits) and use flask_muset.resilience, without await."
-        )
 
 
 class Guard:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from flask_muset.locks import refuse_asyncio_under_gevent
 from flask_muset.resilience.bulkhead import Bulkhead
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
 from flask_muset.resilience.fallback import Fallback
@@ -18,7 +19,6 @@ from flask_muset.resilience.guards import (
     current_outcome,
     is_coroutine_function,
     is_plain,
-    refuse_asyncio_under_gevent,
 )
 from flask_muset.resilience.rate_limit import RateLimit
 from flask_muset.resilience.retrying import RetryStrategy

@@ -23,13 +23,13 @@ from flask_muset.configuration import (
 )
 from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
+from flask_muset.locks import refuse_asyncio_under_gevent
 from flask_muset.resilience.budget import RetryBudget
 from flask_muset.resilience.guards import (
     AsyncCall,
     Call,
     Part,
     error_of,
-    refuse_asyncio_under_gevent,
 )
 from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import Decision

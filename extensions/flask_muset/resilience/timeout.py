@@ -6,7 +6,8 @@ from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO, check
 from flask_muset.deadline import Scope, deadline
 from flask_muset.errors import OperationTimeoutError
-from flask_muset.resilience.guards import Part, refuse_asyncio_under_gevent
+from flask_muset.locks import refuse_asyncio_under_gevent
+from flask_muset.resilience.guards import Part
 from flask_muset.signals import Decision
 
 __all__ = ["Timeout"]

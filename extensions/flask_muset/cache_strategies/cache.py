@@ -1,0 +1,241 @@
+"""The cache of one app: values by key, in a store, through a codec."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flask_muset.cache_strategies.codec import Codec, Unreadable
+from flask_muset.cache_strategies.entry import ABSENT, NEVER, Entry
+from flask_muset.cache_strategies.keys import check_key
+from flask_muset.cache_strategies.loading import Answer, Loader, LoadOptions, Outcome
+from flask_muset.cache_strategies.patterns import compile_pattern
+from flask_muset.cache_strategies.stores import Store
+from flask_muset.clock import SYSTEM
+from flask_muset.configuration import ABOVE_ZERO
+
+__all__ = ["Cache", "check_tags"]
+
+Tell = Callable[[str, str, float | None], None]
+
+
+def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    """The tags, if they may be some.
+
+    Raises:
+        TypeError: They are one str, or not strs.
+        ValueError: One of them is not allowed.
+    """
+    if isinstance(tags, str):
+        raise TypeError(f"tags must be several, got the str {tags!r}; write [{tags!r}].")
+    return tuple(map(check_key, tags))
+
+
+class Cache:
+    """What `cache_manager` and the strategies do, for one app.
+
+    Args:
+        store: Where entries are.
+        codec: How values become bytes.
+        in_background: Runs a refresh beside the request.
+        default_expire_s: Of what is kept without a time of its own; None for no end.
+        tell: Counts an operation: name, status, seconds.
+        is_counted: Whether anybody listens to what is told.
+        note: Is given how each load was answered.
+        is_off: Whether every load goes to its source.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        codec: Codec,
+        *,
+        in_background: Callable[[Callable[[], None]], None],
+        default_expire_s: float | None,
+        tell: Tell,
+        is_counted: Callable[[], bool],
+        note: Callable[[Answer], None],
+        is_off: bool = False,
+    ) -> None:
+        self.store = store
+        self.codec = codec
+        self.default_expire_s = default_expire_s
+        self._tell = tell
+        self._is_counted = is_counted
+        self._note = note
+        self._is_off = is_off
+        self._loader = Loader(store, codec, in_background=in_background, tell=tell)
+
+    # --- Values
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, `default` if there is none that is fresh."""
+        began = SYSTEM.now()
+        entry = self.store.read(key if type(key) is str else check_key(key))
+        value, status = ABSENT, "miss"
+        if entry is not None and began < entry.fresh_until:
+            value, status = self._value(entry)
+        if self._is_counted():
+            self._tell("get", status, SYSTEM.now() - began)
+        return default if value is ABSENT else value
+
+    def peek(self, key: str) -> Any:
+        """The value that the memory of this process has, fresh; ABSENT if it would have to wait."""
+        memory = getattr(self.store, "memory", None)
+        entry = None if memory is None else memory.get(key)
+        if entry is None or SYSTEM.now() >= entry.fresh_until:
+            return ABSENT
+        return self._value(entry)[0]
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values of those keys that have one."""
+        began, found, wanted = SYSTEM.now(), {}, [check_key(key) for key in keys]
+        for key, entry in self.store.read_many(wanted).items():
+            if began < entry.fresh_until:
+                value, _ = self._value(entry)
+                if value is not ABSENT:
+                    found[key] = value
+        duration_s = SYSTEM.now() - began
+        for key in dict.fromkeys(wanted):
+            self._tell("get", "hit" if key in found else "miss", duration_s)
+        return found
+
+    def _value(self, entry: Entry) -> tuple[Any, str]:
+        """What an entry holds; ABSENT if that says that there is nothing, or cannot be read."""
+        if entry.shared is not ABSENT:
+            return entry.shared, "hit"
+        try:
+            value = self.codec.decode(entry.payload)
+        except Unreadable:
+            return ABSENT, "unreadable"
+        if entry.is_negative and value is not None:
+            return ABSENT, "miss"
+        return value, "hit"
+
+    def set(
+        self, key: str, value: Any, expire: float | None = None, *, tags: Iterable[str] = ()
+    ) -> bool:
+        """Keep a value."""
+        entry = self._entry(value, expire, tags)
+        return self._done("set", [key], self.store.write(check_key(key), entry))
+
+    def set_many(
+        self,
+        values: Mapping[str, Any],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> bool:
+        """Keep several values."""
+        tags = check_tags(tags)
+        entries = {
+            check_key(key): self._entry(value, expire, tags) for key, value in values.items()
+        }
+        return self._done("set", entries, self.store.write_many(entries))
+
+    def delete(self, key: str) -> bool:
+        """Forget a key."""
+        return self._done("delete", [key], self.store.delete(check_key(key)))
+
+    def delete_pattern(self, pattern: str) -> int:
+        """Forget the keys that match."""
+        matches = compile_pattern(pattern)
+        try:
+            count = self.store.forget(pattern)
+        finally:
+            self._loader.detach_matching(matches)
+        self._tell("delete_pattern", "ok", None)
+        return count
+
+    def invalidate_tag(self, tag: str, *, keep_stale: bool) -> bool:
+        """Make the entries of a tag invalid."""
+        try:
+            is_done = self.store.invalidate_tag(check_key(tag), keep_stale=keep_stale)
+        finally:
+            self.detach_all()
+        self._tell("delete_tag", "ok" if is_done else "queued", None)
+        return is_done
+
+    def detach(self, what: str, name: str) -> None:
+        """Let nobody join the loads of what another process has made invalid."""
+        if what == "key":
+            self._loader.detach(name)
+        elif what == "pattern":
+            self._loader.detach_matching(compile_pattern(name))
+        else:
+            self.detach_all()
+
+    def detach_all(self) -> None:
+        """Let nobody join a load that has begun."""
+        self._loader.detach_matching(lambda _key: True)
+
+    def _done(self, operation: str, keys: Iterable[str], is_done: bool) -> bool:
+        for key in keys:
+            self._loader.detach(key)
+            self._tell(operation, "ok" if is_done else "queued", None)
+        return is_done
+
+    def _entry(self, value: Any, expire: float | None, tags: Iterable[str]) -> Entry:
+        lifetime = self.lifetime_s(expire)
+        now = SYSTEM.now()
+        until = NEVER if lifetime is None else now + lifetime
+        return Entry(
+            self.codec.encode(value),
+            created_at=now,
+            fresh_until=until,
+            gone_at=until,
+            tags=check_tags(tags),
+        )
+
+    def lifetime_s(self, expire: float | None) -> float | None:
+        """Seconds that a value is fresh; None for no end.
+
+        Raises:
+            ValueError: `expire` is not above 0.
+        """
+        if expire is None:
+            return self.default_expire_s
+        if expire == math.inf:
+            return None
+        if not ABOVE_ZERO.allows(expire):
+            raise ValueError(
+                f"expire must be seconds above 0, math.inf for no end, or None for the app's "
+                f"default; got {expire!r}."
+            )
+        return expire
+
+    # --- Strategies
+
+    def load(self, key: str, fetch: Callable[[], Any], options: LoadOptions) -> Any:
+        """A value of the cache, or of one load."""
+        if self._is_off:
+            answer = Answer(fetch(), Outcome.BYPASS, 0.0)
+        else:
+            answer = self._loader.get(key, fetch, options)
+        self._note(answer)
+        return answer.value
+
+    def write_through(
+        self,
+        key: str,
+        value: Any,
+        write_func: Callable[[Any], Any],
+        expire: float | None,
+    ) -> bool:
+        """Write the source, then the cache."""
+        # Before the source is written: what cannot be kept must not leave the two apart.
+        self._entry(value, expire, ())
+        write, written = self.store.begin_write(check_key(key)), None
+        try:
+            self._loader.detach(key)
+            write_func(value)
+            # As it is now: it may have got its id from the source.
+            written = self._entry(value, expire, ())
+        finally:
+            is_done = self.store.end_write(write, written)
+            self._loader.detach(key)
+        self._tell("write_through", "ok" if is_done else "queued", None)
+        return is_done
+
+    def explain(self, key: str) -> dict[str, Any]:
+        """What there is about a key."""
+        return {"key": key, **self.store.explain(check_key(key))}

@@ -1,0 +1,242 @@
+"""CacheStrategies: binds the cache to a Flask app."""
+
+import contextvars
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import flask_caching
+from flask import Flask, Response, has_request_context, request
+
+from flask_muset import context
+from flask_muset.cache_strategies.cache import Cache
+from flask_muset.cache_strategies.codec import Codec
+from flask_muset.cache_strategies.config import PREFIX, Config, read_config
+from flask_muset.cache_strategies.flask_caching_backend import StoreBackend
+from flask_muset.cache_strategies.loading import Answer, Outcome
+from flask_muset.cache_strategies.local_store import LocalStore
+from flask_muset.cache_strategies.manager import KEY, WHAT, CacheManager
+from flask_muset.cache_strategies.stores import Store
+from flask_muset.locks import is_patched
+from flask_muset.redis import GuardedRedis
+from flask_muset.signals import CacheEvent, cache_operated
+
+__all__ = ["CacheStrategies"]
+
+C = TypeVar("C", bound=type)
+
+_NOTED = "flask_muset.cache"
+#: The outcome that a response names, of several: the one that tells most.
+_ORDER = [Outcome.HIT, Outcome.STALE, Outcome.BYPASS, Outcome.MISS]
+
+
+@dataclass(slots=True)
+class _State:
+    """What one app owns."""
+
+    cache: Cache
+    store: Store
+    codec: Codec
+    redis: GuardedRedis | None
+    flask_cache: flask_caching.Cache | None = None
+
+
+class CacheStrategies(CacheManager):
+    """A cache of one or two levels for an app, under its own methods and under Flask-Caching's.
+
+    It has the methods of `cache_manager`. Without a Redis each process keeps what it needs in its
+    memory; with one, the memories stand before what all processes share.
+
+    Config:
+        CACHE_STRATEGIES_ENABLED: False keeps nothing: every load is one. Default True.
+        CACHE_STRATEGIES_REDIS_URL: Where the second level is. Default None: there is none.
+        CACHE_STRATEGIES_REDIS_MAX_CONNECTIONS: Calls of one process to it at once. Default 10.
+        CACHE_STRATEGIES_REDIS_BUDGET: Seconds that a call may take. Default 0.05.
+        CACHE_STRATEGIES_NAMESPACE: Tells apps that share a Redis apart. Default "default".
+        CACHE_STRATEGIES_L1_MAX_BYTES: Of the memory of one process; 0 for none. Default 32 MiB.
+        CACHE_STRATEGIES_L1_UNLINKED: Seconds for which an entry of the memory is served while
+            nobody can tell that it is invalid. Default 5.
+        CACHE_STRATEGIES_DEFAULT_EXPIRE: Seconds, where none are named; 0 for no end. Default 300.
+        CACHE_STRATEGIES_RESPONSE_HEADERS: Whether a response says `X-Cache: HIT | MISS | STALE |
+            BYPASS` and `Age` where its view has loaded something. Default True.
+
+    Args:
+        app: Is set up at once; else call `init_app`.
+        cache: A `flask_caching.Cache` that is set up on the app: its backend is used instead. Other
+            processes then learn nothing of loads, writes and deletes before they read.
+        redis: Is used instead of a client made of the configuration.
+    """
+
+    def __init__(
+        self,
+        app: Flask | None = None,
+        *,
+        cache: flask_caching.Cache | None = None,
+        redis: GuardedRedis | None = None,
+    ) -> None:
+        self._given_cache = cache
+        self._given_redis = redis
+        self._registered: list[type] = []
+        self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
+        self._only: Cache | None = None
+        if app is not None:
+            self.init_app(app)
+
+    def init_app(self, app: Flask) -> None:
+        """Read the configuration once and make the app's cache; nothing is connected yet.
+
+        Raises:
+            RuntimeError: It is set up on this app already.
+            ValueError: A setting is not allowed.
+        """
+        config = read_config(app.config)
+        codec = Codec(response_class=app.response_class)
+        for cls in self._registered:
+            codec.register(cls)
+        tell = partial(_tell, app)
+        redis = self._redis(config)
+        store = self._store(config, redis, tell)
+        cache = Cache(
+            store,
+            codec,
+            in_background=partial(_in_background, app),
+            default_expire_s=config.default_expire_s,
+            tell=tell,
+            is_counted=_is_counted,
+            note=_note if config.response_headers else _note_nothing,
+            is_off=not config.enabled,
+        )
+        if hasattr(store, "on_invalid"):
+            store.on_invalid = cache.detach
+        state = _State(cache, store, codec, redis)
+        context.attach(app, KEY, WHAT, state)
+        state.flask_cache = self._given_cache or _flask_cache(app)
+        self._apps.add(app)
+        self._only = cache if len(self._apps) == 1 else None
+        if config.response_headers:
+            app.after_request(_describe)
+
+    def _redis(self, config: Config) -> GuardedRedis | None:
+        if self._given_cache is not None or not config.enabled:
+            return None
+        if self._given_redis is not None or config.redis_url is None:
+            return self._given_redis
+        try:
+            return GuardedRedis(
+                config.redis_url,
+                name="cache",
+                max_connections=config.redis_max_connections,
+                budget_s=config.redis_budget_s,
+                prefix=f"muset:{config.namespace}:",
+            )
+        except ValueError as error:
+            raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
+
+    def _store(
+        self,
+        config: Config,
+        redis: GuardedRedis | None,
+        tell: Callable[[str, str, float | None], None],
+    ) -> Store:
+        if not config.enabled:
+            return LocalStore(0)
+        if self._given_cache is not None:
+            from flask_muset.cache_strategies.backend_store import BackendStore
+
+            return BackendStore(self._given_cache.cache, tell=tell)
+        if redis is None:
+            return LocalStore(config.l1_max_bytes)
+        # Only here, because it needs redis-py.
+        from flask_muset.cache_strategies.tiered_store import TieredStore
+
+        return TieredStore(
+            redis, max_bytes=config.l1_max_bytes, unlinked_s=config.l1_unlinked_s, tell=tell
+        )
+
+    def _cache(self) -> Cache:
+        """Of the current app; a single app's is used without a look."""
+        return self._only or super()._cache()
+
+    def register(self, cls: C) -> C:
+        """Let values of a dataclass or an Enum be read; a declaration for all apps of this one."""
+        self._registered.append(cls)
+        for app in self._apps:
+            app.extensions[KEY].codec.register(cls)
+        return cls
+
+    @property
+    def flask_cache(self) -> flask_caching.Cache | None:
+        """Flask-Caching's object for the current app, over the same store."""
+        state: _State = context.state(KEY, WHAT)
+        return state.flask_cache
+
+
+def _flask_cache(app: Flask) -> flask_caching.Cache:
+    """One more beside an app's own, which then keeps its template fragments."""
+    has_own = bool(app.extensions.get("cache"))
+    cache = flask_caching.Cache(with_jinja2_ext=not has_own)
+    backend = f"{StoreBackend.__module__}.{StoreBackend.__qualname__}"
+    cache.init_app(app, config={**app.config, "CACHE_TYPE": backend})
+    return cache
+
+
+# --- What the cache tells -------------------------------------------------------------------------
+
+
+def _is_counted() -> bool:
+    return bool(cache_operated.receivers)
+
+
+def _tell(app: Flask, operation: str, status: str, duration_s: float | None) -> None:
+    if cache_operated.receivers:
+        context.tell(cache_operated, app, CacheEvent(operation, status, duration_s))
+
+
+def _note(answer: Answer) -> None:
+    """Remember for the response how a load was answered, the most telling one of a request."""
+    if not has_request_context():
+        return
+    environ = request.environ
+    noted = environ.get(_NOTED)
+    if noted is None or _ORDER.index(answer.outcome) > _ORDER.index(noted[0]):
+        environ[_NOTED] = answer.outcome, answer.age_s
+    elif noted[0] is answer.outcome and answer.age_s > noted[1]:
+        environ[_NOTED] = noted[0], answer.age_s
+
+
+def _note_nothing(_answer: Answer) -> None:
+    pass
+
+
+def _describe(response: Response) -> Response:
+    """Say what the cache did, unless the view has said it; Age is RFC 9111's."""
+    noted = request.environ.get(_NOTED)
+    if noted is not None and "X-Cache" not in response.headers:
+        outcome, age_s = noted
+        response.headers["X-Cache"] = outcome.value
+        if outcome in (Outcome.HIT, Outcome.STALE):
+            response.headers["Age"] = str(math.floor(max(0.0, age_s)))
+    return response
+
+
+# --- Work beside the request ----------------------------------------------------------------------
+
+
+def _in_background(app: Flask, run: Callable[[], Any]) -> None:
+    """Run beside the request, with the app alone: no request, no deadline, no log fields."""
+
+    def work() -> None:
+        with app.app_context():
+            run()
+
+    target = partial(contextvars.Context().run, work)
+    if is_patched():
+        import gevent
+
+        gevent.spawn(target)
+    else:
+        threading.Thread(target=target, name="cache-refresh", daemon=True).start()

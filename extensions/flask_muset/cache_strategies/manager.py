@@ -1,0 +1,326 @@
+"""What applications call: the manager, the strategies and the decorator."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache, partial, wraps
+from typing import Any, ParamSpec, TypeVar
+
+from flask_muset import context
+from flask_muset.cache_strategies.cache import Cache, check_tags
+from flask_muset.cache_strategies.keys import KeyMaker, check_key
+from flask_muset.cache_strategies.loading import LoadOptions
+
+__all__ = [
+    "KEY",
+    "WHAT",
+    "CacheManager",
+    "CacheStrategy",
+    "cache_manager",
+    "cached",
+    "current",
+    "load_options",
+]
+
+KEY = "cache_strategies"
+WHAT = "CacheStrategies"
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def current() -> Cache:
+    """The cache of the current app.
+
+    Raises:
+        RuntimeError: There is none; the text says what to do.
+    """
+    found: Cache = context.state(KEY, WHAT).cache
+    return found
+
+
+class CacheManager:
+    """Values by key, of the current app.
+
+    A key is a str of 1 to 1024 characters. Values are None, bool, numbers, str, bytes, lists,
+    tuples, dicts, sets, dates and times, Decimal, UUID, Enum, dataclasses, Markup and Responses, in
+    each other; what comes back is a copy of its own for each caller. While Redis is away, reads are
+    answered by the memory of the process or find nothing.
+
+    Where a method returns whether it is done, False means: not in Redis yet. It is made up for, by
+    deleting the key there, as soon as Redis is back and before this process reads there again.
+    """
+
+    def _cache(self) -> Cache:
+        return current()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key.
+
+        Args:
+            key: Of the value.
+            default: What stands for a value that is not there or not fresh any more; None is a
+                value like any other.
+        """
+        return self._cache().get(key, default)
+
+    def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
+        """The values of those keys that have one."""
+        return self._cache().get_many(keys)
+
+    def set(
+        self, key: str, value: Any, expire: float | None = None, *, tags: Iterable[str] = ()
+    ) -> bool:
+        """Keep a value, whatever was there.
+
+        Args:
+            key: Of the value.
+            value: Anything that the class describes.
+            expire: Seconds above 0; None for the app's default, `math.inf` for no end.
+            tags: By which it may be made invalid.
+
+        Returns:
+            Whether it is done.
+
+        Raises:
+            UnsupportedType: Something in the value cannot be kept; the text has the path to it.
+            ValueError: `expire`, the key or a tag is not allowed.
+        """
+        return self._cache().set(key, value, expire, tags=tags)
+
+    def set_many(
+        self,
+        values: Mapping[str, Any],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> bool:
+        """Keep several values; see `set`."""
+        return self._cache().set_many(values, expire, tags=tags)
+
+    def delete(self, key: str) -> bool:
+        """Forget a key, in all processes within 100 ms; a load that has begun is not kept.
+
+        Returns:
+            Whether it is done.
+        """
+        return self._cache().delete(key)
+
+    def delete_pattern(self, pattern: str) -> int:
+        r"""Forget the keys that match, in all processes.
+
+        Args:
+            pattern: Such as `user:*`. `*` stands for any text and `\*` for an asterisk; every
+                other character stands for itself.
+
+        Returns:
+            Exactly how many there were.
+
+        Raises:
+            CacheUnavailable: Redis is away; some may have been deleted.
+        """
+        return self._cache().delete_pattern(pattern)
+
+    def delete_tag(self, tag: str) -> bool:
+        """Forget all entries of a tag, also as stale ones; takes as long for one as for a million.
+
+        Returns:
+            Whether it is done.
+        """
+        return self._cache().invalidate_tag(tag, keep_stale=False)
+
+    def expire_tag(self, tag: str) -> bool:
+        """Make all entries of a tag stale: they may be served while a new value is loaded.
+
+        Returns:
+            Whether it is done.
+        """
+        return self._cache().invalidate_tag(tag, keep_stale=True)
+
+    def register(self, cls: type[R]) -> type[R]:
+        """Let values of a dataclass or an Enum be read that another process has kept.
+
+        The classes of what is kept here are known, and those that the annotations of functions
+        under `cached` name. Also a class decorator.
+        """
+        return self._cache().codec.register(cls)
+
+    def explain(self, key: str) -> dict[str, Any]:
+        """What there is about a key, for people: its level, age, times, tags and lease."""
+        return self._cache().explain(key)
+
+    def cache_aside(
+        self,
+        key: str,
+        fetch_func: Callable[[], R],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        stale_while_revalidate: float = 0,
+        stale_if_error: float = 0,
+        refresh_backoff: float | None = None,
+        soft_timeout: float | None = None,
+        hard_timeout: float | None = None,
+        negative_expire: float | None = None,
+        immutable: bool = False,
+    ) -> R:
+        """A value of the cache, or of one load for all who ask at the same time.
+
+        Args:
+            key: Of the value.
+            fetch_func: Gets the value from its source.
+            expire: Seconds above 0 for which it is fresh, shortened by chance by up to a tenth;
+                None for the app's default, `math.inf` for no end.
+            tags: By which it may be made invalid.
+            stale_while_revalidate: Seconds after that for which it is served at once, while one
+                load goes on beside the request, without it (RFC 5861).
+            stale_if_error: Seconds after that for which it is served when the load fails, other
+                than by an error that the caller has caused (RFC 5861).
+            refresh_backoff: Seconds after a failed load for which a stale value is served without
+                another try; None for a tenth of `expire`, from 1 to 30.
+            soft_timeout: Seconds to wait for a load when there is a stale value to serve instead;
+                the load goes on.
+            hard_timeout: Seconds that a load may take.
+            negative_expire: Seconds for which None and NotFoundError are kept; without it None is
+                a value like any other, and NotFoundError is not kept.
+            immutable: Whether callers share one object and promise not to change it.
+
+        Raises:
+            OperationTimeoutError: `hard_timeout` has passed.
+            UnsupportedType: Something in the value cannot be kept.
+            Exception: What `fetch_func` has raised.
+        """
+        cache = self._cache()
+        options = load_options(
+            cache.lifetime_s(expire), check_tags(tags), stale_while_revalidate, stale_if_error,
+            refresh_backoff, soft_timeout, hard_timeout, negative_expire, immutable,
+        )  # fmt: skip
+        return cache.load(check_key(key), fetch_func, options)  # type: ignore[no-any-return]
+
+    def write_through(
+        self,
+        key: str,
+        value: R,
+        write_func: Callable[[R], Any],
+        expire: float | None = None,
+    ) -> bool:
+        """Write a value to its source, then to the cache.
+
+        The value is gone from the cache while its source is written. A load that has begun before
+        or meanwhile is not kept, and of two writes at once none: the next load has the last.
+
+        Args:
+            key: Of the value.
+            value: Is given to `write_func`, and kept as it is afterwards.
+            write_func: Writes the source.
+            expire: Seconds above 0; None for the app's default, `math.inf` for no end.
+
+        Returns:
+            True: the source has the value, and the cache agrees with it. False: the source has it,
+            and the cache is made to agree as soon as Redis is back.
+
+        Raises:
+            UnsupportedType: The value cannot be kept; nothing was written.
+            Exception: What `write_func` has raised; the cache has no value.
+        """
+        return self._cache().write_through(key, value, write_func, expire)
+
+    def cached(
+        self, key_prefix: str | None = None, expire: float | None = None, **options: Any
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Decorate a function: its results are kept by its arguments.
+
+        With `key_prefix="user"`, the result of `get_user(42)` has the key `user:42`. The decorated
+        function has two more methods, called with its arguments: `cache_key`, and `invalidate`,
+        which deletes the key.
+
+        Args:
+            key_prefix: What the keys begin with; None for the function's name.
+            expire: As for `cache_aside`.
+            **options: As for `cache_aside`.
+
+        Raises:
+            TypeError: An option has no such name; an argument of a call cannot be part of a key.
+            ValueError: An option is not allowed.
+        """
+        options["tags"] = check_tags(options.get("tags", ()))
+        # Whatever the app's default is, the rest is known now.
+        LoadOptions(**{**options, "expire": expire if expire not in (None, math.inf) else 1.0})
+
+        def decorate(fn: Callable[P, R]) -> Callable[P, R]:
+            if inspect.iscoroutinefunction(fn):
+                raise TypeError(
+                    f"{fn.__qualname__} is a coroutine function; use flask_muset.aio.cached."
+                )
+            return _decorated(self, fn, KeyMaker(fn, key_prefix), expire, options)
+
+        return decorate
+
+
+def _decorated(
+    manager: CacheManager,
+    fn: Callable[P, R],
+    make_key: KeyMaker,
+    expire: float | None,
+    options: Mapping[str, Any],
+) -> Callable[P, R]:
+    made: dict[float | None, LoadOptions] = {}
+    find = manager._cache
+
+    @wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        cache = find()
+        key = make_key(*args, **kwargs)
+        chosen = made.get(cache.default_expire_s)
+        if chosen is None:
+            chosen = LoadOptions(expire=cache.lifetime_s(expire), **options)
+            made[cache.default_expire_s] = chosen
+            cache.codec.register_returned(fn)
+        return cache.load(key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]
+
+    def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
+        return find().delete(make_key(*args, **kwargs))
+
+    wrapper.cache_key = make_key  # type: ignore[attr-defined]
+    wrapper.invalidate = invalidate  # type: ignore[attr-defined]
+    return wrapper
+
+
+@lru_cache(maxsize=1024)
+def load_options(
+    expire: float | None,
+    tags: tuple[str, ...],
+    stale_while_revalidate: float,
+    stale_if_error: float,
+    refresh_backoff: float | None,
+    soft_timeout: float | None,
+    hard_timeout: float | None,
+    negative_expire: float | None,
+    immutable: bool,
+) -> LoadOptions:
+    """Checked options, made once for calls that are alike."""
+    return LoadOptions(
+        expire=expire,
+        tags=tags,
+        stale_while_revalidate=stale_while_revalidate,
+        stale_if_error=stale_if_error,
+        refresh_backoff=refresh_backoff,
+        soft_timeout=soft_timeout,
+        hard_timeout=hard_timeout,
+        negative_expire=negative_expire,
+        immutable=immutable,
+    )
+
+
+#: The cache of the current app; outside of any, of the only app that has one.
+cache_manager = CacheManager()
+
+#: `cache_manager.cached`: for functions that are decorated where no app is known yet.
+cached = cache_manager.cached
+
+
+class CacheStrategy:
+    """The strategies by name, on the cache of the current app."""
+
+    cache_aside = cache_manager.cache_aside
+    write_through = cache_manager.write_through

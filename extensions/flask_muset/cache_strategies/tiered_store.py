@@ -1,0 +1,508 @@
+"""Entries in the memory of each process, over entries that all processes share in Redis.
+
+Reads ask the memory first. What one process writes or deletes, the memories of all others hear of.
+While Redis is away the memory and loads go on alone; what could not be made invalid is sent as soon
+as Redis is back, before anything is read there again.
+"""
+
+import contextvars
+import logging
+import os
+import secrets
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from flask_muset.cache_strategies.entry import Busy, Entry, Lease, Write
+from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
+from flask_muset.cache_strategies.memory import Memory
+from flask_muset.cache_strategies.redis_entries import RedisEntries
+from flask_muset.cache_strategies.repairs import Repairs
+from flask_muset.clock import SYSTEM
+from flask_muset.errors import CacheUnavailable, MusetError
+from flask_muset.locks import give_lock, is_patched
+from flask_muset.redis import GuardedRedis
+
+__all__ = ["TieredStore"]
+
+_log = logging.getLogger(__name__)
+
+#: After an outage Redis is not read for so long: every process asks at least four times a second
+#: whether it is back, and tells it first what it has missed.
+_SETTLING_S = 0.5
+_MAX_TAGS = 10_000
+
+
+def _ignore(_operation: str, _status: str, _duration_s: float | None) -> None:
+    pass
+
+
+class TieredStore:
+    """A store of two levels; with a memory of 0 bytes, of Redis alone.
+
+    Args:
+        redis: Which Redis; its `on_change` is taken.
+        max_bytes: Of the memory.
+        unlinked_s: How old entries of the memory may be while nobody tells what is invalid.
+        lease_s: Seconds after which somebody else loads for a holder that is gone.
+        tell: Is told of operations that could not be carried out: name, status, None.
+    """
+
+    def __init__(
+        self,
+        redis: GuardedRedis,
+        *,
+        max_bytes: int,
+        unlinked_s: float = 5.0,
+        lease_s: float = 3.0,
+        tell: Callable[[str, str, float | None], None] = _ignore,
+    ) -> None:
+        self.memory = Memory(max_bytes, unlinked_s=unlinked_s)
+        self.memory.trusted_until = 0.0
+        #: Is told of each key, pattern or tag that another process has made invalid: which it is,
+        #: `key`, `pattern` or `all`, and its name.
+        self.on_invalid: Callable[[str, str], None] | None = None
+        self._redis = redis
+        self._unlinked_s = unlinked_s
+        self._lease_s = lease_s
+        self._tell = tell
+        self._feed: Feed | None = None
+        self._tags: dict[str, int] = {}
+        self._resume_at = 0.0
+        self._repairs = Repairs()
+        self._is_repairing = False
+        self._held: dict[Lease, float] = {}
+        self._is_renewing = False
+        self._entries = self._make_entries()
+        give_lock(self)
+        redis.on_change = self._link_changed
+        _stores.add(self)
+
+    _lock: Any
+
+    def _make_entries(self) -> RedisEntries:
+        self._sender = secrets.token_hex(SENDER_BYTES // 2).encode()
+        return RedisEntries(
+            self._redis,
+            sender=self._sender,
+            dead_since=self._dead_since,
+            on_unreadable=lambda: self._tell("get", "unreadable", None),
+            lease_s=self._lease_s,
+        )
+
+    # --- Whether Redis may be asked
+
+    def _reach(self) -> RedisEntries | None:
+        """The entries in Redis, None while it is away."""
+        if self._feed is None:
+            self._start()
+        if self._redis.state != "up" or SYSTEM.now() < self._resume_at:
+            return None
+        if self._repairs and not self._repair():
+            return None
+        return self._entries
+
+    def _start(self) -> None:
+        with self._lock:
+            if self._feed is None:
+                self._feed = Feed(self._redis, self._entries.channel, self._sender, self)
+
+    def _missed(self, operation: str, error: MusetError | None = None) -> None:
+        """Something was done without Redis."""
+        if error is not None:
+            _log.debug("%s without Redis: %s", operation, error)
+        self._tell(operation, "unavailable", None)
+
+    def _repair(self) -> bool:
+        """Tell Redis what it has missed; whether that is done."""
+        with self._lock:
+            if self._is_repairing:
+                return False
+            self._is_repairing = True
+        try:
+            self._repairs.send(self._entries)
+        except MusetError as error:
+            _log.debug("invalidations could not be sent: %s", error)
+            return False
+        finally:
+            self._is_repairing = False
+        return not self._repairs
+
+    def _link_changed(self, state: str) -> None:
+        if state == "up":
+            self._resume_at = SYSTEM.now() + _SETTLING_S
+            if self._repairs:
+                self._repair()
+
+    # --- What the feed tells
+
+    def linked(self, *, was_away: bool) -> None:
+        """Nothing is known of what was made invalid before."""
+        self._tags = {}
+        self.memory.clear()
+        if was_away:
+            self._resume_at = SYSTEM.now() + _SETTLING_S
+
+    def confirmed(self, since: float) -> None:
+        """All that was made invalid before is known."""
+        self.memory.trusted_until = since + self._unlinked_s
+
+    def heard(self, kind: str, text: str) -> None:
+        """Another process has made something invalid."""
+        if kind == "k":
+            self.memory.drop(text)
+            self._pass_on("key", text)
+        elif kind == "p":
+            self.memory.drop_matching(text)
+            self._pass_on("pattern", text)
+        elif kind == "t":
+            at, _, member = text.partition(" ")
+            self._note_tag(member, int(at))
+            self._drop_tag(member[1:], keep_stale=member[0] == "e")
+
+    def _drop_tag(self, tag: str, *, keep_stale: bool) -> None:
+        self.memory.invalidate_tag(tag, keep_stale=keep_stale)
+        self._pass_on("all", "")
+
+    def _pass_on(self, what: str, name: str) -> None:
+        if self.on_invalid is not None:
+            self.on_invalid(what, name)
+
+    def _note_tag(self, member: str, at: int) -> None:
+        self._entries.noted(at)
+        tags = self._tags
+        if len(tags) >= _MAX_TAGS and member not in tags:
+            tags = self._tags = {}
+        tags[member] = max(at, tags.get(member, 0))
+
+    def _dead_since(self, tags: tuple[str, ...]) -> tuple[int, int]:
+        """When the latest of the tags, or all entries, were made invalid: for good, to stale."""
+        members = ["d", "e"]
+        for tag in tags:
+            members += ("d" + tag, "e" + tag)
+        feed, known = self._feed, self._tags
+        if feed is None or not feed.is_linked:
+            known = self._entries.read_tags(members)
+        else:
+            missing = [member for member in members if member not in known]
+            if missing:
+                for member, at in self._entries.read_tags(missing).items():
+                    self._note_tag(member, at)
+                # Two tables where the first is full: what was known is still true.
+                known = {**known, **self._tags}
+        return (
+            max(known[member] for member in members[::2]),
+            max(known[member] for member in members[1::2]),
+        )
+
+    # --- Reading
+
+    def read(self, key: str, /) -> Entry | None:
+        """The entry, of the memory if it is there."""
+        entry = self.memory.get(key)
+        return self._read_below(key) if entry is None else entry
+
+    def _read_below(self, key: str) -> Entry | None:
+        entries = self._reach()
+        if entries is None:
+            self._missed("get")
+            return None
+        mark = self.memory.mark
+        try:
+            entry = entries.read(key)
+        except MusetError as error:
+            self._missed("get", error)
+            return None
+        if entry is not None:
+            self.memory.put(key, entry, mark)
+        return entry
+
+    def read_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
+        """Those that there are."""
+        found = {}
+        for key in keys:
+            entry = self.memory.get(key)
+            if entry is not None:
+                found[key] = entry
+        missing = [key for key in dict.fromkeys(keys) if key not in found]
+        entries = self._reach() if missing else None
+        if entries is None:
+            if missing:
+                self._missed("get")
+            return found
+        mark = self.memory.mark
+        try:
+            below = entries.read_many(missing)
+        except MusetError as error:
+            self._missed("get", error)
+            return found
+        for key, entry in below.items():
+            self.memory.put(key, entry, mark)
+        return {**found, **below}
+
+    # --- Loads
+
+    def lease(
+        self, key: str, known: Entry | None, /, *, anyway: bool = False
+    ) -> Entry | Lease | Busy:
+        """Ask for the right to load; while Redis is away everybody has it for his own process."""
+        mark = self.memory.mark
+        entries = self._reach()
+        if entries is not None:
+            try:
+                return self._leased(key, entries.lease(key, known, anyway=anyway), mark)
+            except MusetError as error:
+                self._missed("lease", error)
+        return Lease(key, b"", 0, mark)
+
+    def _leased(self, key: str, got: Entry | Lease | Busy, mark: int) -> Entry | Lease | Busy:
+        if isinstance(got, Entry):
+            self.memory.put(key, got, mark)
+        elif isinstance(got, Lease):
+            got.mark = mark
+            self._held[got] = SYSTEM.now()
+            self._renew_beside()
+        return got
+
+    def settle(self, lease: Lease, entry: Entry | None, /, *, backoff_s: float = 0.0) -> bool:
+        """End a lease."""
+        self._held.pop(lease, None)
+        if entry is not None:
+            entry.began_us = lease.began_us
+        if lease.token and not self._settled(lease, entry, backoff_s):
+            return False
+        return entry is not None and self.memory.put(lease.key, entry, lease.mark)
+
+    def _settled(self, lease: Lease, entry: Entry | None, backoff_s: float) -> bool:
+        entries = self._reach()
+        if entries is not None:
+            try:
+                return entries.settle(lease, entry, backoff_s)
+            except MusetError as error:
+                self._missed("settle", error)
+        # The memory knows what was made invalid up to now, or its entries do not last long.
+        return True
+
+    def _renew_beside(self) -> None:
+        with self._lock:
+            if self._is_renewing:
+                return
+            self._is_renewing = True
+        run = partial(contextvars.Context().run, self._renew)
+        if is_patched():
+            import gevent
+
+            gevent.spawn(run)
+        else:
+            threading.Thread(target=run, name="cache-leases", daemon=True).start()
+
+    def _renew(self) -> None:
+        """Let the leases of loads that take long last, until there are none."""
+        pause_s = self._lease_s / 3
+        try:
+            while self._held:
+                SYSTEM.sleep(pause_s)
+                before = SYSTEM.now() - pause_s / 2
+                old = [lease for lease, at in list(self._held.items()) if at < before]
+                entries = self._reach() if old else None
+                if entries is not None:
+                    self._renewed(entries, old)
+        finally:
+            self._is_renewing = False
+
+    def _renewed(self, entries: RedisEntries, leases: Sequence[Lease]) -> None:
+        try:
+            entries.renew(leases)
+        except MusetError as error:
+            _log.debug("leases could not be renewed: %s", error)
+
+    # --- Writes
+
+    def write(self, key: str, entry: Entry, /) -> bool:
+        """Keep an entry in both levels."""
+        return self._change({key: entry})
+
+    def write_many(self, entries: Mapping[str, Entry], /) -> bool:
+        """Keep several."""
+        return self._change(entries)
+
+    def delete(self, key: str, /) -> bool:
+        """Forget one entry."""
+        return self._change({key: None})
+
+    def delete_many(self, keys: Sequence[str], /) -> bool:
+        """Forget several."""
+        return self._change(dict.fromkeys(keys))
+
+    def _change(self, changes: Mapping[str, Entry | None]) -> bool:
+        for key in changes:
+            self.memory.drop(key)
+        mark = self.memory.mark
+        is_done = self._changed(changes)
+        if not is_done:
+            self._repairs.add_keys(changes)
+        for key, entry in changes.items():
+            if entry is None:
+                self.memory.drop(key)
+            else:
+                self.memory.replace(key, entry, mark)
+        return is_done
+
+    def _changed(self, changes: Mapping[str, Entry | None]) -> bool:
+        entries = self._reach()
+        operation = "delete" if None in changes.values() else "set"
+        if entries is None:
+            self._missed(operation)
+            return False
+        try:
+            for entry in changes.values():
+                if entry is not None:
+                    entry.began_us = entries.now_us()
+            entries.change(changes)
+        except MusetError as error:
+            self._missed(operation, error)
+            return False
+        return True
+
+    def begin_write(self, key: str, /) -> Write:
+        """Say that the source will be written; the value goes now."""
+        self.memory.drop(key)
+        write = Write(key, b"", 0)
+        entries = self._reach()
+        if entries is not None:
+            try:
+                write = entries.begin_write(key)
+            except MusetError as error:
+                self._missed("set", error)
+        if not write.token:
+            self._repairs.add_keys([key])
+        self.memory.drop(key)
+        write.mark = self.memory.mark
+        return write
+
+    def end_write(self, write: Write, entry: Entry | None, /) -> bool:
+        """Say that the source was written."""
+        is_alone = self._ended(write, entry) if write.token else None
+        if is_alone is None:
+            self._repairs.add_keys([write.key])
+        if is_alone is not False and entry is not None:
+            self.memory.replace(write.key, entry, write.mark)
+        else:
+            self.memory.drop(write.key)
+        return is_alone is not None
+
+    def _ended(self, write: Write, entry: Entry | None) -> bool | None:
+        """Whether it was the only write; None if Redis does not know that it has ended."""
+        entries = self._reach()
+        if entries is None:
+            self._missed("set")
+            return None
+        try:
+            if entry is not None:
+                entry.began_us = entries.now_us()
+            return entries.end_write(write, entry)
+        except MusetError as error:
+            self._missed("set", error)
+            return None
+
+    # --- Invalidation
+
+    def forget(self, pattern: str, /) -> int:
+        """Delete what matches in both levels; raises CacheUnavailable while Redis is away."""
+        entries = self._reach()
+        try:
+            if entries is None:
+                raise self._unavailable()
+            return entries.forget(pattern)
+        except CacheUnavailable:
+            raise
+        except MusetError as error:
+            raise self._unavailable() from error
+        finally:
+            self.memory.drop_matching(pattern)
+
+    def _unavailable(self) -> CacheUnavailable:
+        self._missed("delete_pattern")
+        error: CacheUnavailable = CacheUnavailable(
+            "the keys of a pattern cannot be deleted while Redis is away; some may be gone"
+        )
+        return error
+
+    def invalidate_tag(self, tag: str, /, *, keep_stale: bool) -> bool:
+        """Make all entries of a tag invalid in both levels."""
+        entries = self._reach()
+        is_done = False
+        if entries is not None:
+            try:
+                self._note_tag(*entries.invalidate_tag(tag, keep_stale=keep_stale))
+                is_done = True
+            except MusetError as error:
+                self._missed("delete", error)
+        if not is_done:
+            self._repairs.add_tag(tag, keep_stale=keep_stale)
+        self.memory.invalidate_tag(tag, keep_stale=keep_stale)
+        return is_done
+
+    # --- Beside
+
+    def explain(self, key: str, /) -> dict[str, Any]:
+        """What there is in each level."""
+        now, feed = SYSTEM.now(), self._feed
+        inside, below, redis = self.memory.get(key), None, None
+        entries = self._reach()
+        if entries is not None:
+            try:
+                below, redis = entries.read(key), entries.explain(key)
+            except MusetError as error:
+                _log.debug("explained without Redis: %s", error)
+        entry = inside or below
+        return {
+            "level": "memory" if inside else "redis" if below else None,
+            **(_described(entry, now) if entry else {}),
+            "redis": {"state": self._redis.state, **(redis or {})},
+            "lease": redis["lease"] if redis else "unknown",
+            "invalidations": "linked" if feed and feed.is_linked else "not linked",
+            "repairs": len(self._repairs),
+        }
+
+    def close(self) -> None:
+        """Listen no more, and empty the memory."""
+        with self._lock:
+            feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close()
+        self.memory.clear()
+
+    def _forked(self) -> None:
+        """A child hears nothing of what its parent listens to."""
+        self._feed = None
+        self._held = {}
+        self._is_renewing = self._is_repairing = False
+        self._tags = {}
+        self.memory.trusted_until = 0.0
+        self.memory.clear()
+        self._entries = self._make_entries()
+
+
+def _described(entry: Entry, now: float) -> dict[str, Any]:
+    return {
+        "age_s": now - entry.created_at,
+        "fresh_for_s": entry.fresh_until - now,
+        "gone_in_s": entry.gone_at - now,
+        "bytes": len(entry.payload),
+        "tags": list(entry.tags),
+        "is_negative": entry.is_negative,
+    }
+
+
+_stores: "weakref.WeakSet[TieredStore]" = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    for store in list(_stores):
+        store._forked()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
