@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Role(StrEnum):
@@ -179,9 +181,23 @@ class Cache(Protocol):
     """Values by key that may be gone at any time."""
 
     def cache_aside(
-        self, key: str, fetch_func: Callable[[], Any], expire: float | None = None, **options: Any
-    ) -> Any:
-        """The value of a key; of all who ask for one that is not there, one fetches it."""
+        self,
+        key: str,
+        fetch_func: Callable[[], T],
+        expire: float | None = None,
+        *,
+        stale_if_error: float = 0,
+        negative_expire: float | None = None,
+    ) -> T:
+        """The value of a key; of all who ask for one that is not there, one fetches it.
+
+        Args:
+            key: Of the value.
+            fetch_func: Gets it from its source.
+            expire: Seconds for which it is fresh.
+            stale_if_error: Seconds after that for which it is served when it cannot be fetched.
+            negative_expire: Seconds for which it is remembered that there is none.
+        """
         ...
 
     def delete(self, key: str) -> bool:

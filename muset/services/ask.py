@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from flask_muset.errors import ValidationError
@@ -139,7 +139,7 @@ class AskService:
         # Somebody else has asked it, before or at this moment.
         return replace(answer, attempts=(), input_tokens=0, output_tokens=0, cached=is_kept)
 
-    def _key(self, model: str, asked: dict[str, object]) -> str:
+    def _key(self, model: str, asked: Mapping[str, object]) -> str:
         """Of the model, the documents that there are now, and all that the answer depends on."""
         digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         return f"ask:{model}:{self._documents.version()}:{digest}"

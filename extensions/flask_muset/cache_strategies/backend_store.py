@@ -43,6 +43,8 @@ _MOMENT_S = 2 * _LONGEST_S
 #: A moment that is later is none that a process has written.
 _LAST_US = 2**62
 _MANY = 10_000
+#: After a warning that a change was refused; one key may be refused for ever.
+_SILENCE_S = 60.0
 
 
 class Backend(Protocol):
@@ -104,6 +106,7 @@ class BackendStore:
         self._turns = _Turns(lease_s)
         self._tell = tell
         self._is_away = False
+        self._silent_until = 0.0
         #: By name: what began at this moment or before is not served by this process. The newest
         #: ones: a load that goes on may still bring what is older.
         self._since: dict[str, int] = {}
@@ -240,8 +243,7 @@ class BackendStore:
     def _set(self, name: str, value: Any, lasts_s: int) -> bool:
         if self._ask("set", self._backend.set, name, value, timeout=lasts_s):
             return True
-        self._fails("set", "it did not keep a value")
-        return False
+        return self._refused("set")
 
     def _erase(self, name: str) -> bool:
         # Most say False also of what was not there.
@@ -249,8 +251,7 @@ class BackendStore:
             return True
         if self._ask("get", self._backend.get, name) is None:
             return True
-        self._fails("delete", "it did not delete a value")
-        return False
+        return self._refused("delete")
 
     def _remember(self, since: Mapping[str, int]) -> None:
         with self._lock:
@@ -409,21 +410,23 @@ class BackendStore:
         try:
             found = function(*args, **kwargs)
         except Exception as error:
-            self._fails(operation, error)
+            self._tell(operation, "unavailable", None)
+            if not self._is_away:
+                self._is_away = True
+                _log.warning("%s fails, what it has is loaded anew: %s", self._name, error)
             raise _Away from error
         if self._is_away:
             self._is_away = False
-            _log.info("the cache's backend %s answers again", self._name)
+            _log.info("%s answers again", self._name)
         return found
 
-    def _fails(self, operation: str, why: object) -> bool:
-        """Count a failure, and log it if it is the first; always False."""
+    def _refused(self, operation: str) -> bool:
+        """Count a change that the backend says it has not made; always False."""
         self._tell(operation, "unavailable", None)
-        if not self._is_away:
-            self._is_away = True
-            _log.warning(
-                "the cache's backend %s fails, values are loaded anew: %s", self._name, why
-            )
+        now = SYSTEM.now()
+        if now >= self._silent_until:
+            self._silent_until = now + _SILENCE_S
+            _log.warning("%s has refused to %s a value; it is tried again", self._name, operation)
         return False
 
 

@@ -32,10 +32,12 @@ from werkzeug.datastructures import Headers
 from werkzeug.utils import cached_property
 from werkzeug.wrappers import Response
 
-__all__ = ["MAX_DEPTH", "Codec", "Unreadable", "UnsupportedType"]
+__all__ = ["MAX_BYTES", "MAX_DEPTH", "Codec", "Unreadable", "UnsupportedType"]
 
 T = TypeVar("T")
 
+#: The longest value, in bytes.
+MAX_BYTES: Final = 64 << 20
 #: Levels of containers in a value. Reading takes a few frames of the stack for each of them, and
 #: must have them wherever a value is read.
 MAX_DEPTH: Final = 100
@@ -616,8 +618,16 @@ class Codec:
 
         Raises:
             UnsupportedType: It, or something in it, would not come back as it is, or it is more
-                than `MAX_DEPTH` levels deep.
+                than `MAX_DEPTH` levels deep, or longer than `MAX_BYTES`.
         """
+        payload = self._encode(value)
+        if len(payload) > MAX_BYTES:
+            raise UnsupportedType(
+                f"takes {len(payload)} bytes, more than {MAX_BYTES}; keep it in parts"
+            )
+        return payload
+
+    def _encode(self, value: Any) -> bytes:
         try:
             if _is_plain(value, MAX_DEPTH):
                 return _pack(value)

@@ -20,15 +20,13 @@ from typing import Final
 
 import msgspec
 
-from flask_muset.cache_strategies.codec import Unreadable
+from flask_muset.cache_strategies.codec import MAX_BYTES, Unreadable
 from flask_muset.cache_strategies.entry import ABSENT, Entry
 
-__all__ = ["BEGAN", "MAX_BYTES", "began_bytes", "pack", "unpack"]
+__all__ = ["BEGAN", "began_bytes", "pack", "unpack"]
 
 #: Where `began_us` is.
 BEGAN: Final = slice(4, 12)
-#: The longest payload, before compression, in bytes.
-MAX_BYTES: Final = 64 << 20
 
 _VERSION: Final = 1
 #: The magic and the version, with no flag.

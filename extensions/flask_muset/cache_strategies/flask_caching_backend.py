@@ -34,10 +34,10 @@ _RESPONSE: Any = CachedResponse.__base__
 #: A timeout of 300 years is none: moments must fit into the store's microseconds.
 _AGES_S = 10**10
 #: How long `add` and `inc` wait for somebody else's turn at the same key.
-_PATIENCE_S = 0.5
+_PATIENCE_S = 1.0
 #: The pause between two looks is drawn from these, so that callers do not meet again.
 _PAUSE_S = (0.0005, 0.002)
-#: How often `add` and `inc` begin anew when the key was written meanwhile.
+#: How often `inc` begins anew when the key was changed meanwhile.
 _TRIES = 5
 
 Timeout = int | timedelta | None
@@ -60,8 +60,8 @@ class StoreBackend(BaseCache):
     `add`, `inc` and `dec` take the store's lease of the key: of several callers that add a key at
     once exactly one is told True, and no increment is lost, in all processes that share the leases
     of the store; while a shared store is away each process decides and counts alone. They give up,
-    with False or None, when somebody else loads the key for half a second. As in cachelib's
-    SimpleCache, `inc` and `dec` begin the default timeout anew.
+    with False or None, when others are at the key for a second. As in cachelib's SimpleCache, `inc`
+    and `dec` begin the default timeout anew.
 
     `delete` says whether the key was there; two callers at once may both be told so.
 
@@ -155,17 +155,13 @@ class StoreBackend(BaseCache):
             UnsupportedType: The value cannot be encoded.
         """
         entry = self._entry(value, timeout)
-        known = self._store.read(key)
-        for _ in range(_TRIES):
-            if self._is_there(known):
-                return False
+        until, known = SYSTEM.now() + _PATIENCE_S, self._store.read(key)
+        while not self._is_there(known):
             if entry is None:
                 return True
-            got = self._lease(key, known)
-            if isinstance(got, Lease):
-                return self._done("set", [key], self._store.settle(got, entry))
-            if got is None:
-                return False
+            got = self._lease(key, known, until)
+            if not isinstance(got, Entry):
+                return got is not None and self._done("set", [key], self._store.settle(got, entry))
             known = got
         return False
 
@@ -180,17 +176,18 @@ class StoreBackend(BaseCache):
         Raises:
             TypeError: The value is no number.
         """
-        known = self._store.read(key)
-        for _ in range(_TRIES):
-            number: int = (self._value(known)[0] or 0) + delta
-            entry = self._entry(number, None)
-            got = self._lease(key, known)
+        until, known = SYSTEM.now() + _PATIENCE_S, self._store.read(key)
+        tries = 0
+        while tries < _TRIES:
+            got = self._lease(key, known, until)
             if isinstance(got, Lease):
-                if self._done("set", [key], self._store.settle(got, entry)):
+                number = self._add_up(got, known, delta)
+                if number is not None:
                     return number
+                tries += 1
                 got = self._store.read(key)
             elif got is None:
-                return None
+                break
             known = got
         return None
 
@@ -273,16 +270,24 @@ class StoreBackend(BaseCache):
         end = now + seconds if 0 < seconds < _AGES_S else NEVER
         return Entry(payload, created_at=now, fresh_until=end, gone_at=end)
 
-    def _lease(self, key: str, known: Entry | None) -> Entry | Lease | None:
-        """What `lease` of the store gives, None if the key was busy all the time."""
-        until = SYSTEM.now() + _PATIENCE_S
-        while True:
+    def _lease(self, key: str, known: Entry | None, until: float) -> Entry | Lease | None:
+        """What `lease` of the store gives, None if the key was busy up to a moment."""
+        while SYSTEM.now() < until:
             got = self._store.lease(key, known, anyway=True)
             if isinstance(got, Entry | Lease):
                 return got
-            if SYSTEM.now() >= until:
-                return None
             SYSTEM.sleep(SYSTEM.uniform(*_PAUSE_S))
+        return None
+
+    def _add_up(self, lease: Lease, known: Entry | None, delta: int) -> int | None:
+        """Put in the sum; None if the store has not, because the key was changed, or at all."""
+        entry = None
+        try:
+            number: int = (self._value(known)[0] or 0) + delta
+            entry = self._entry(number, None)
+        finally:
+            is_done = self._store.settle(lease, entry)
+        return number if self._done("set", [lease.key], is_done) else None
 
     def _done(self, operation: str, keys: Iterable[str], is_done: bool) -> bool:
         for key in keys:

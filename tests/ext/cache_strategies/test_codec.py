@@ -947,3 +947,9 @@ def test_long_names_from_a_store_are_cut_in_messages():
         with pytest.raises(Unreadable) as caught:
             codec.decode(msgspec.msgpack.encode(msgspec.msgpack.Ext(16, body)))
         assert len(str(caught.value)) < 500
+
+
+def test_a_value_that_is_too_large_is_refused():
+    """What would not fit into an entry is refused at once, with its size and the cure."""
+    with pytest.raises(UnsupportedType, match="67108871 bytes.*in parts"):
+        Codec().encode(bytes((64 << 20) + 2))

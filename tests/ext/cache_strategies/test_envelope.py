@@ -16,9 +16,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from flask_muset.cache_strategies.codec import Codec, Unreadable
+from flask_muset.cache_strategies.codec import MAX_BYTES, Codec, Unreadable
 from flask_muset.cache_strategies.entry import ABSENT, NEVER, Entry
-from flask_muset.cache_strategies.envelope import BEGAN, MAX_BYTES, began_bytes, pack, unpack
+from flask_muset.cache_strategies.envelope import BEGAN, began_bytes, pack, unpack
 from flask_muset.clock import SYSTEM
 from flask_muset.testing import virtual_clock
 

@@ -2,6 +2,7 @@ r"""Keys of function calls: the same for the same call, different for different 
 
 import functools
 import itertools
+import os
 import random
 import subprocess
 import sys
@@ -391,7 +392,7 @@ def test_keys_do_not_depend_on_the_process():
     runs = [
         subprocess.run(
             [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed},
+            env={**os.environ, "PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,
             check=True,
