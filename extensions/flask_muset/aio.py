@@ -7,7 +7,8 @@ asyncio does not work in a process that gevent has patched; there these names ra
 
 import inspect
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from werkzeug.local import LocalProxy
 
@@ -28,8 +29,15 @@ from flask_muset.resilience import (
 )
 from flask_muset.resilience.recovery import ErrorRecovery as _ErrorRecovery
 
+if TYPE_CHECKING:
+    from flask_muset.cache_strategies.asynchronous import (
+        AsyncCacheStrategy as CacheStrategy,
+    )
+    from flask_muset.cache_strategies.asynchronous import cache_manager, cached
+
 __all__ = [
     "Bulkhead",
+    "CacheStrategy",
     "CircuitBreaker",
     "ErrorRecovery",
     "Fallback",
@@ -38,6 +46,8 @@ __all__ = [
     "RetryBudget",
     "RetryStrategy",
     "Timeout",
+    "cache_manager",
+    "cached",
     "deadline",
     "error_recovery",
     "retry",
@@ -88,3 +98,20 @@ def _current() -> ErrorRecovery:
 
 #: The current app's ErrorRecovery; it has the same breakers as the plain one.
 error_recovery: ErrorRecovery = LocalProxy(_current)  # type: ignore[assignment]
+
+#: Loaded when they are first used, because they need the extra `cache`.
+_CACHE = {
+    "CacheStrategy": "AsyncCacheStrategy",
+    "cache_manager": "cache_manager",
+    "cached": "cached",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CACHE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module("flask_muset.cache_strategies.asynchronous"), _CACHE[name])
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -8,6 +8,7 @@ import asyncio
 import contextvars
 import inspect
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -140,15 +141,15 @@ def _decorated(
     expire: float | None,
     options: Mapping[str, Any],
 ) -> Callable[P, Awaitable[R]]:
-    made: dict[float | None, LoadOptions] = {}
+    made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
 
     @wraps(fn)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         cache = _current()
-        chosen = made.get(cache.default_expire_s)
+        chosen = made.get(cache)
         if chosen is None:
             chosen = LoadOptions(expire=cache.lifetime_s(expire), **options)
-            made[cache.default_expire_s] = chosen
+            made[cache] = chosen
             cache.codec.register_returned(fn)
         key = make_key(*args, **kwargs)
         return await _load(cache, key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]

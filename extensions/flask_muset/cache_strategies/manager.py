@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
@@ -264,17 +265,17 @@ def _decorated(
     expire: float | None,
     options: Mapping[str, Any],
 ) -> Callable[P, R]:
-    made: dict[float | None, LoadOptions] = {}
+    made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
     find = manager._cache
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         cache = find()
         key = make_key(*args, **kwargs)
-        chosen = made.get(cache.default_expire_s)
+        chosen = made.get(cache)
         if chosen is None:
             chosen = LoadOptions(expire=cache.lifetime_s(expire), **options)
-            made[cache.default_expire_s] = chosen
+            made[cache] = chosen
             cache.codec.register_returned(fn)
         return cache.load(key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]
 
