@@ -39,9 +39,12 @@ SMALL = {
 BIG = json.loads(json.dumps({"items": [dict(SMALL, id=i) for i in range(50)]}))
 VALUES = {"small": SMALL, "10 kB": BIG}
 REPEATS = 7
-OURS_ON_REDIS = "flask-muset Redis alone"
-OURS = ["flask-muset memory=ours_cache:make_memory", f"{OURS_ON_REDIS}=ours_cache:make_l2"]
-OUR_DECORATOR = "flask-muset cached=ours_cache:make_cached"
+OURS_ON_REDIS, OURS_DECORATED = "flask-muset Redis alone", "flask-muset cached"
+OURS = [
+    "flask-muset memory=ours_cache:make_memory",
+    f"{OURS_ON_REDIS}=ours_cache:make_l2",
+    f"{OURS_DECORATED}=ours_cache:make_cached",
+]
 TTL_CACHE, SIMPLE = "cachetools TTLCache", "Flask-Caching SimpleCache"
 REDIS_CACHE, RAW_GET = "Flask-Caching RedisCache", "floor: raw socket GET"
 MEMOIZE = "Flask-Caching memoize, SimpleCache"
@@ -357,7 +360,7 @@ def _late(make, value):
     return lambda: _hit(*make(), value)
 
 
-def child(port, ours, decorators):
+def child(port, ours):
     """Instructions per hit, by value, as JSON.
 
     Of in-process caches and decorators with both values, of clients of Redis with the small one.
@@ -369,17 +372,15 @@ def child(port, ours, decorators):
             caches = [*local_caches(tmp), *decorated(DECORATORS)]
             cases = {n: lambda p=p, g=g, v=value: _hit(p, g, v) for n, p, g in caches}
             cases |= {n: _late(make, value) for n, make in ours.items()}
-            for name, make in decorators.items():
-                cases[name] = _late(lambda m=make, n=name: _one(decorated({n: m}), n), value)
             out[label] = c.instructions(cases, 500, 1500)
     names = [n for n, _, _ in redis_caches(port) if "client-side" not in n]
-    cases = {n: _late(lambda n=n: _one(redis_caches(port), n), SMALL) for n in names}
+    cases = {n: _late(lambda n=n: _one_of_redis(port, n), SMALL) for n in names}
     out["small"] |= c.instructions(cases, 100, 300)
     print(json.dumps(out))
 
 
-def _one(caches, name):
-    return next((p, g) for n, p, g in caches if n == name)
+def _one_of_redis(port, name):
+    return next((p, g) for n, p, g in redis_caches(port) if n == name)
 
 
 def instructions(port, extra=()):
@@ -398,17 +399,18 @@ def bound(pairs, url):
     return {name: functools.partial(make, url) for name, make in c.extras(pairs)}
 
 
-def measured(label, value, port, ours, decorators):
+def measured(label, value, port, ours):
     """Rows of one value: those of caches and those of decorators."""
     n = 5000 if label == "small" else 1500
-    below = ours.pop(OURS_ON_REDIS)
+    below, wrapped = ours.pop(OURS_ON_REDIS), ours.pop(OURS_DECORATED)
     with tempfile.TemporaryDirectory() as tmp:
         caches = [*local_caches(tmp), *((k, *make()) for k, make in ours.items())]
         rows = sync_rows(caches, value, n)
     caches = [*redis_caches(port), (OURS_ON_REDIS, *below())]
     rows += sync_rows(caches, value, 600)
     rows += asyncio.run(async_rows(async_makers(port, 3000, 400), value))
-    return rows, sync_rows(decorated(DECORATORS | decorators), value, n // 5)
+    caches = [*decorated(DECORATORS), (OURS_DECORATED, *wrapped())]
+    return rows, sync_rows(caches, value, n // 5)
 
 
 def with_ratios(rows, ins, times_of, instructions_of):
@@ -440,14 +442,14 @@ def main():
     url = f"redis://127.0.0.1:{port}/3"
     if a.instructions:
         return print(json.dumps(instructions(port, a.extra)))
-    ours, decorators = bound([*OURS, *a.extra], url), bound([OUR_DECORATOR], url)
+    ours = bound([*OURS, *a.extra], url)
     if a.child:
-        return child(port, ours, decorators)
+        return child(port, ours)
     ins = instructions(port, a.extra) if a.valgrind else {}
     out = []
     for label, value in VALUES.items():
         counted = ins.get(label, {})
-        rows, wrapped = measured(label, value, port, dict(ours), decorators)
+        rows, wrapped = measured(label, value, port, dict(ours))
         with_ratios(rows, counted, [TTL_CACHE, RAW_GET], [TTL_CACHE, SIMPLE, REDIS_CACHE])
         with_ratios(wrapped, counted, [MEMOIZE], [MEMOIZE])
         print(f"## Cache hit, {label} value ({len(json.dumps(value))} bytes as JSON)\n")

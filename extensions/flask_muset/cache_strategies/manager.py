@@ -267,17 +267,24 @@ def _decorated(
 ) -> Callable[P, R]:
     made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
     find = manager._cache
+    # The last one is found without a look into the dictionary: most processes have one app.
+    last: Callable[[], Cache | None] = lambda: None
+    chosen = None
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal last, chosen
         cache = find()
+        if last() is not cache:
+            chosen = made.get(cache) or choose(cache)
+            last = weakref.ref(cache)
         key = make_key(*args, **kwargs)
-        chosen = made.get(cache)
-        if chosen is None:
-            chosen = LoadOptions(expire=cache.lifetime_s(expire), **options)
-            made[cache] = chosen
-            cache.codec.register_returned(fn)
         return cache.load(key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]
+
+    def choose(cache: Cache) -> LoadOptions:
+        cache.codec.register_returned(fn)
+        found = made[cache] = LoadOptions(expire=cache.lifetime_s(expire), **options)
+        return found
 
     def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
         return find().delete(make_key(*args, **kwargs))

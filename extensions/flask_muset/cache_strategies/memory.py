@@ -34,7 +34,8 @@ _DECODED = 8
 _SMALL, _HEAVIEST, _TAGS = 10, 4, 16
 #: Hits beyond so many do not make an entry stay longer.
 _MOST_HITS = 7
-#: Entries that get another round at most until one is evicted, so that no `put` takes long.
+#: Entries of the large queue that get another round until one is evicted, at most: no `put` is to
+#: take long.
 _ROUNDS = 32
 #: Keys that were dropped are told apart by their hash in so many stripes.
 _STRIPES = 1024
@@ -94,6 +95,7 @@ class Memory:
         self.trusted_until = NEVER
         self.evictions = 0
         self._max_bytes = max_bytes
+        self._small_max = max_bytes // _SMALL
         self._unlinked_s = unlinked_s
         #: The mark of the latest drop in each stripe, and of the latest of many keys at once.
         self._dropped = array("Q", bytes(8 * _STRIPES))
@@ -213,52 +215,59 @@ class Memory:
         else:
             kept.is_main = self._ghosts.has(key, within=len(self._kept))
         while self.bytes + weight > self._max_bytes:
-            self._evict(now)
+            self._evict(now, weight)
         self._add(kept)
         return True
 
     def _add(self, kept: _Kept) -> None:
+        self._kept[kept.key] = kept
+        self._bytes += kept.weight
+        self._ghosts.make_room_for(len(self._kept))
         if kept.is_main:
             self._main.append(kept)
-        else:
-            self._small.append(kept)
-            self._small_bytes += kept.weight
-        self._bytes += kept.weight
-        self._kept[kept.key] = kept
-        self._ghosts.make_room_for(len(self._kept))
+            return
+        self._small.append(kept)
+        self._small_bytes += kept.weight
+        # While there is room all go on: nobody has to be moved in great numbers when there is none.
+        while self._small_bytes > self._small_max and self._small[0] is not kept:
+            self._pass_on(self._small.popleft())
 
     # --- Throwing out; the lock is held
 
-    def _evict(self, now: float) -> None:
-        """Throw one entry out, or give it another place."""
-        if self._small_bytes <= self._max_bytes // _SMALL and self._main:
-            self._evict_from_main(now)
+    def _evict(self, now: float, weight: int) -> None:
+        """Throw one entry out for what comes, or give one that is in use another place."""
+        if self._small and (self._small_bytes + weight > self._small_max or not self._main):
+            kept = self._small.popleft()
+            if _is_in_use(kept, now):
+                self._pass_on(kept)
+            else:
+                self._evicted(kept)
             return
-        kept = self._small.popleft()
-        if _is_wanted(kept, now):
-            kept.is_main, kept.hits = True, 0
-            self._small_bytes -= kept.weight
-            self._main.append(kept)
-        elif self._evicted(kept):
-            self._ghosts.add(kept.key)
-
-    def _evict_from_main(self, now: float) -> None:
         for _ in range(_ROUNDS):
             kept = self._main[0]
-            if not _is_wanted(kept, now):
+            if not _is_in_use(kept, now):
                 break
             kept.hits -= 1
             self._main.rotate(-1)
         self._evicted(self._main.popleft())
 
-    def _evicted(self, kept: _Kept) -> bool:
-        """Take out what has left its queue, unless it was removed before."""
+    def _pass_on(self, kept: _Kept) -> None:
+        """From the small queue to the large one."""
         if kept.entry is _GONE:
             self._removed -= 1
-            return False
+            return
+        kept.is_main, kept.hits = True, 0
+        self._small_bytes -= kept.weight
+        self._main.append(kept)
+
+    def _evicted(self, kept: _Kept) -> None:
+        if kept.entry is _GONE:
+            self._removed -= 1
+            return
         self._take_out(kept)
         self.evictions += 1
-        return True
+        if not kept.is_main:
+            self._ghosts.add(kept.key)
 
     def _take_out(self, kept: _Kept) -> None:
         del self._kept[kept.key]
@@ -278,8 +287,8 @@ class Memory:
         # Its place in the queue is given up when there are many of such.
         self._removed += 1
         if self._removed > 64 + len(self._kept) // 8:
-            self._small = deque(kept for kept in self._small if kept.entry is not _GONE)
-            self._main = deque(kept for kept in self._main if kept.entry is not _GONE)
+            self._small = deque([kept for kept in self._small if kept.entry is not _GONE])
+            self._main = deque([kept for kept in self._main if kept.entry is not _GONE])
             self._removed = 0
 
     def _discard(self, kept: _Kept) -> None:
@@ -414,7 +423,7 @@ def _weight(key: str, entry: Entry) -> int:
     return weight
 
 
-def _is_wanted(kept: _Kept, now: float) -> bool:
+def _is_in_use(kept: _Kept, now: float) -> bool:
     return kept.hits > 0 and now < kept.entry.gone_at
 
 

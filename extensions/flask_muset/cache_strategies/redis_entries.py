@@ -48,7 +48,7 @@ def _script(name: str) -> Script:
 
 _LEASE, _SETTLE, _RENEW = _script("lease"), _script("settle"), _script("renew")
 _CHANGE, _BEGIN_WRITE, _END_WRITE = _script("change"), _script("begin_write"), _script("end_write")
-_TAG, _READ_TAGS = _script("tag"), _script("tags")
+_RELEASE, _TAG, _READ_TAGS = _script("release"), _script("tag"), _script("tags")
 
 
 class RedisEntries:
@@ -105,8 +105,11 @@ class RedisEntries:
         return found
 
     def _open(self, data: bytes) -> Entry | None:
+        shift_us = self._shift_us
+        if shift_us is None:
+            shift_us = self.shift_us
         try:
-            entry = unpack(data, self.shift_us)
+            entry = unpack(data, shift_us)
         except Unreadable:
             self._on_unreadable()
             return None
@@ -115,7 +118,7 @@ class RedisEntries:
         if began <= dead or (entry.tags and began < self.now_us() - _HORIZON_US):
             return None
         if began <= stale:
-            entry.fresh_until = min(entry.fresh_until, stale / 1e6 - self.shift_us / 1e6)
+            entry.fresh_until = min(entry.fresh_until, (stale - shift_us) / 1e6)
         return entry
 
     # --- Loads
@@ -173,6 +176,7 @@ class RedisEntries:
 
     def begin_write(self, key: str) -> Write:
         """Count a write of the source in."""
+        self.now_us()  # makes sure that there are tags before anything is written
         token = secrets.token_bytes(8)
         words = [token, round(_WRITE_LEASE_S * 1000), self.channel, self._sender, key]
         keys = [self._values + key, self._locks + key]
@@ -198,8 +202,10 @@ class RedisEntries:
         cursor, count = b"0", 0
         while True:
             cursor, found = self._redis.execute("SCAN", cursor, "MATCH", glob, "COUNT", _SCAN_COUNT)
+            locks = [key for key in found if not key.startswith(values)]
+            for some in _pieces(locks):
+                self._redis.script(_RELEASE, some)
             count += self._unlink([key for key in found if key.startswith(values)])
-            self._unlink([key for key in found if not key.startswith(values)])
             if cursor == b"0":
                 break
         self._redis.execute("PUBLISH", self.channel, self._sender + b"p" + pattern.encode())

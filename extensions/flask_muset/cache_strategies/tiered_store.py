@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -61,6 +62,7 @@ class TieredStore:
     ) -> None:
         self.memory = Memory(max_bytes, unlinked_s=unlinked_s)
         self.memory.trusted_until = 0.0
+        self._has_memory = max_bytes > 0
         #: Is told of each key, pattern or tag that another process has made invalid: which it is,
         #: `key`, `pattern` or `all`, and its name.
         self.on_invalid: Callable[[str, str], None] | None = None
@@ -179,11 +181,14 @@ class TieredStore:
 
     def _dead_since(self, tags: tuple[str, ...]) -> tuple[int, int]:
         """When the latest of the tags, or all entries, were made invalid: for good, to stale."""
+        feed, known = self._feed, self._tags
+        is_linked = feed is not None and feed.is_linked
+        if not tags and is_linked and "d" in known and "e" in known:
+            return known["d"], known["e"]
         members = ["d", "e"]
         for tag in tags:
             members += ("d" + tag, "e" + tag)
-        feed, known = self._feed, self._tags
-        if feed is None or not feed.is_linked:
+        if not is_linked:
             known = self._entries.read_tags(members)
         else:
             missing = [member for member in members if member not in known]
@@ -215,7 +220,7 @@ class TieredStore:
         except MusetError as error:
             self._missed("get", error)
             return None
-        if entry is not None:
+        if entry is not None and self._has_memory:
             self.memory.put(key, entry, mark)
         return entry
 
@@ -271,19 +276,24 @@ class TieredStore:
         self._held.pop(lease, None)
         if entry is not None:
             entry.began_us = lease.began_us
-        if lease.token and not self._settled(lease, entry, backoff_s):
+        is_held = self._settled(lease, entry, backoff_s) if lease.token else None
+        if is_held is False or entry is None:
             return False
-        return entry is not None and self.memory.put(lease.key, entry, lease.mark)
+        is_kept = self.memory.put(lease.key, entry, lease.mark)
+        return is_kept if is_held is None else is_held
 
-    def _settled(self, lease: Lease, entry: Entry | None, backoff_s: float) -> bool:
+    def _settled(self, lease: Lease, entry: Entry | None, backoff_s: float) -> bool | None:
+        """Whether it was still held; None if Redis cannot be asked.
+
+        Then the memory decides: it knows what was made invalid, or its entries do not last long.
+        """
         entries = self._reach()
         if entries is not None:
             try:
                 return entries.settle(lease, entry, backoff_s)
             except MusetError as error:
                 self._missed("settle", error)
-        # The memory knows what was made invalid up to now, or its entries do not last long.
-        return True
+        return None
 
     def _renew_beside(self) -> None:
         with self._lock:
@@ -303,7 +313,8 @@ class TieredStore:
         pause_s = self._lease_s / 3
         try:
             while self._held:
-                SYSTEM.sleep(pause_s)
+                # Real time, whatever a test has made of the clock.
+                time.sleep(pause_s)
                 before = SYSTEM.now() - pause_s / 2
                 old = [lease for lease, at in list(self._held.items()) if at < before]
                 entries = self._reach() if old else None
@@ -473,6 +484,7 @@ class TieredStore:
             feed, self._feed = self._feed, None
         if feed is not None:
             feed.close()
+        self._held = {}
         self.memory.clear()
 
     def _forked(self) -> None:

@@ -323,6 +323,7 @@ def test_explaining(clock):
     said = store.explain("key")
     assert (said["level"], said["is_away"], said["repairs"]) == (None, True, 1)
     json.dumps(said)
+    assert repr(store) == "<BackendStore over Failing>"
 
 
 # --- A backend that fails -------------------------------------------------------------------------
@@ -455,21 +456,25 @@ def test_a_tag_that_failed_is_made_up_for(clock, keep_stale):
         assert found.fresh_until <= SYSTEM.now() if keep_stale else found is None
 
 
-def test_one_key_that_cannot_be_deleted_stops_no_other(clock):
+class Stuck(Failing):
+    """Refuses to delete some names."""
+
+    def __init__(self, *keys):
+        super().__init__()
+        self.names = [f"muset:e:{key}" for key in keys]
+
+    def delete(self, key):
+        return False if key in self.names else super().delete(key)
+
+
+def test_one_key_that_cannot_be_deleted_stops_no_other(clock, monkeypatch):
     """It is tried again and again, never served, and all others are served and made up for."""
-    backend = Failing()
-    stuck = []
-
-    def delete(key, original=backend.delete):
-        return False if key in stuck else original(key)
-
-    backend.delete = delete
+    monkeypatch.setattr(backend_store, "_MANY", 20)
+    backend = Stuck("a", "b")
     store = BackendStore(backend)
-    for key in ("a", "b", "c"):
-        store.write(key, entry())
-    stuck[:] = ["muset:e:a", "muset:e:b"]
+    store.write_many({key: entry() for key in ("a", "b", "c")})
     assert store.delete_many(["a", "b"]) is False
-    stuck.pop()
+    backend.names.pop()
     for _ in range(2):
         assert store.read_many(["a", "b", "c"]).keys() == {"c"}
     assert store.explain("c")["repairs"] == 1
@@ -477,6 +482,22 @@ def test_one_key_that_cannot_be_deleted_stops_no_other(clock):
     store.read("c")
     assert len(backend.calls) < 10
     assert backend.get("muset:e:b") is None
+    store.write_many({str(number): entry() for number in range(100)})
+    assert store.read("a") is None
+
+
+def test_a_new_value_of_a_key_that_cannot_be_deleted(clock):
+    """What was written or loaded since the delete is served, and not deleted later."""
+    backend = Stuck("written", "loaded")
+    store = BackendStore(backend)
+    store.write_many({key: entry(b"old") for key in ("written", "loaded")})
+    assert store.delete_many(["written", "loaded"]) is False
+    assert store.write("written", entry(b"new")) is True
+    assert store.settle(store.lease("loaded", None), entry(b"new")) is True
+    backend.names.clear()
+    for _ in range(2):
+        assert [payload(store, key) for key in ("written", "loaded")] == [b"new", b"new"]
+    assert store.explain("written")["repairs"] == 0
 
 
 def test_what_is_owed_is_bounded(clock, monkeypatch):
@@ -486,12 +507,16 @@ def test_what_is_owed_is_bounded(clock, monkeypatch):
     store, other = BackendStore(backend), BackendStore(backend)
     store.write_many({str(number): entry() for number in range(150)})
     store.write("untouched", entry())
-    backend.is_away = True
     for number in range(150):
-        assert store.delete(str(number)) is False
+        if number == 75:
+            clock.advance(1)
+            backend.is_away = False
+            other.write("late", entry())
+        backend.is_away = True
+        assert store.delete("late" if number == 75 else str(number)) is False
     assert store.explain("key")["repairs"] <= 100
     backend.is_away = False
-    keys = [*map(str, range(150)), "untouched"]
+    keys = ["late", "untouched", *map(str, range(150))]
     assert store.read_many(keys) == {}
     assert other.read_many(keys) == {}
     assert store.write("new", entry()) is True
@@ -583,7 +608,7 @@ def test_a_change_while_a_load_is_put_in(name):
 def test_a_write_that_overlaps_another():
     """While one write of the source is put in another one begins: neither value is left."""
     backend = Halting()
-    store = BackendStore(backend)
+    store, other = BackendStore(backend), BackendStore(backend)
     first = store.begin_write("key")
     backend.halts = True
     ended = []
@@ -594,9 +619,27 @@ def test_a_write_that_overlaps_another():
     backend.may_go.set()
     writer.join()
     assert ended == [True]
-    assert store.read("key") is None
+    assert (store.read("key"), other.read("key")) == (None, None)
     assert store.end_write(second, entry(b"2")) is True
     assert store.read("key") is None
+
+
+def test_of_writes_at_once_none_is_shown(clock):
+    """Who knows already that his write is not alone puts nothing in, not even for a moment."""
+    backend = Failing()
+    store = BackendStore(backend)
+    writes = [store.begin_write("key"), store.begin_write("key")]
+    assert [store.end_write(write, entry()) for write in writes] == [True, True]
+    assert "set" not in backend.calls
+
+
+def test_all_that_is_loaded_may_be_loaded_anew(clock):
+    """When everything is made invalid nobody waits for a load that has begun before."""
+    store = BackendStore(SimpleCache())
+    lease = store.lease("key", None)
+    store.invalidate_tag("", keep_stale=False)
+    assert isinstance(store.lease("key", None), Lease)
+    assert store.settle(lease, entry()) is False
 
 
 class CutOff(BaseException):
@@ -629,6 +672,24 @@ def test_being_cut_off(clock):
     # The caller ends its lease again, as it cannot know.
     assert store.settle(lease, entry(b"new")) is True
     assert payload(store, "loaded") == b"new"
+
+
+def test_being_cut_off_too_late(clock):
+    """What has come into the backend although its load was cut off is deleted for all."""
+
+    class Late(SimpleCache):
+        def set(self, key, value, timeout=None):
+            super().set(key, value, timeout)
+            raise CutOff
+
+    backend = Late()
+    store, other = BackendStore(backend), BackendStore(backend)
+    lease = store.lease("key", None)
+    with pytest.raises(CutOff):
+        store.settle(lease, entry())
+    assert payload(other, "key") == b"value"
+    assert store.read("key") is None
+    assert other.read("key") is None
 
 
 def test_under_gevent(redis_server):

@@ -2,15 +2,19 @@
 
 import copy
 import threading
+import time
 from unittest import SkipTest
 
 import pytest
+from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset.cache_strategies.conformance import CacheStoreSuite
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.patterns import compile_pattern
+from flask_muset.cache_strategies.tiered_store import TieredStore
 from flask_muset.clock import SYSTEM
+from flask_muset.redis import GuardedRedis
 from flask_muset.testing import virtual_clock
 
 
@@ -28,6 +32,7 @@ class TestLocalStore(CacheStoreSuite):
     """The store of one process."""
 
     lease_s = 10.0
+    test_a_full_store_forgets = None  # the next class has it
 
     @pytest.fixture
     def store(self, clock):
@@ -50,6 +55,47 @@ class TestSmallLocalStore(CacheStoreSuite):
         assert store.write("large", Entry(bytes(2**20), created_at=SYSTEM.now())) is True
         assert store.read("large") is None
         assert store.read("small").payload == b"small"
+
+
+class TestTieredStore(CacheStoreSuite):
+    """A memory over a real Redis, in use before it has begun to listen."""
+
+    max_bytes = 64 * 2**20
+    test_a_full_store_forgets = None  # its memory does, as that of LocalStore
+    test_a_lease_ends_by_itself = None  # test_tiered_store.py kills the holder
+
+    @pytest.fixture
+    def store(self, redis_server):  # noqa: F811
+        # A budget that a busy machine keeps: what is late is another test's concern.
+        client = GuardedRedis(redis_server.url, budget_s=2.0)
+        store = TieredStore(client, max_bytes=self.max_bytes)
+        yield store
+        store.close()
+        client.close()
+
+
+class TestRedisAlone(TestTieredStore):
+    """The same without a memory."""
+
+    max_bytes = 0
+
+
+class TestLinkedTieredStore(TestTieredStore):
+    """A memory that hears of other processes' changes."""
+
+    @pytest.fixture
+    def store(self, redis_server):  # noqa: F811
+        client = GuardedRedis(redis_server.url, budget_s=2.0)
+        store = TieredStore(client, max_bytes=self.max_bytes)
+        store.read("anything")
+        for _ in range(500):
+            if store._feed.is_linked:
+                break
+            time.sleep(0.01)
+        assert store._feed.is_linked
+        yield store
+        store.close()
+        client.close()
 
 
 # --- A store that is right, and many that are not -------------------------------------------------
@@ -197,6 +243,8 @@ class PlainStore:
 
 class TestPlainStore(CacheStoreSuite):
     """What the protocol says can be done, in a few lines."""
+
+    test_a_full_store_forgets = None  # it has no bound
 
     lease_s = 3.0
 

@@ -36,8 +36,9 @@ from hypothesis import strategies as st
 from jinja2 import DictLoader, FileSystemLoader
 from markupsafe import Markup
 from patched import run_patched
-from werkzeug.exceptions import Conflict, HTTPException
+from werkzeug.exceptions import Conflict, HTTPException, NotFound
 
+from flask_muset.cache_strategies import CacheStrategies
 from flask_muset.cache_strategies.codec import Codec, UnsupportedType
 from flask_muset.cache_strategies.entry import NEVER, Entry
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend, _Aborted
@@ -56,16 +57,11 @@ def clock(monkeypatch):
         yield clock
 
 
-def made():
-    """What CacheStrategies keeps for an app."""
-    return SimpleNamespace(store=LocalStore(1 << 20), codec=Codec(response_class=Response))
-
-
 def make_app(kind, **config):
     """An app and its cache; in debug mode Flask-Caching swallows no error of a backend."""
     app = Flask("shop")
     app.debug = app.testing = True
-    app.extensions["cache_strategies"] = made()
+    CacheStrategies(app)
     return app, Cache(app, config={"CACHE_TYPE": kind, **config})
 
 
@@ -890,6 +886,14 @@ def test_unsupported_exceptions(clock, caplog):
     assert "OutOfStock" in caplog.text
 
 
+def test_aborts_of_another_process(ours):
+    """A process that has seen none of these exceptions itself can read them."""
+    ours.set("k", NotFound("nothing here"))
+    other = StoreBackend(ours._store, Codec())
+    found = other.get("k")
+    assert (type(found), found.description) == (NotFound, "nothing here")
+
+
 def test_unknown_code(ours):
     """An exception of a code that this version does not know is a miss."""
     payload = Codec().encode(_Aborted(799, {}))
@@ -900,12 +904,15 @@ def test_unknown_code(ours):
 def test_what_it_tells(clock):
     """Every call is counted as cache_manager's are, and tells of the keys that it changes."""
     told, changed = [], []
-    state = made()
-    state.tell = lambda operation, status, duration_s: told.append((operation, status, duration_s))
-    state.detach = lambda what, name: changed.append((what, name))
+    state = SimpleNamespace(
+        store=LocalStore(1 << 20),
+        codec=Codec(),
+        tell=lambda *what: told.append(what),
+        detach=lambda *what: changed.append(what),
+    )
     app = Flask("shop")
     app.extensions["cache_strategies"] = state
-    backend = Cache(app, config={"CACHE_TYPE": OURS}).app.extensions["cache"].popitem()[1]
+    backend = StoreBackend.factory(app, {}, [], {})
     backend.get("a")
     backend.set("a", 1)
     backend.get_many("a", "b")
@@ -974,12 +981,11 @@ def test_every_hit_is_a_copy(ours):
 def test_inc_of_what_is_no_number(ours):
     """The error is Python's, the value stays, and nothing is held afterwards."""
     ours.set("k", "text")
-    with pytest.raises(TypeError):
-        ours.inc("k")
     began = SYSTEM.now()
+    for _ in range(2):
+        with pytest.raises(TypeError):
+            ours.inc("k")
     assert ours.get("k") == "text"
-    assert ours.delete("k") is True
-    assert ours.inc("k") == 1
     assert SYSTEM.now() == began
 
 
@@ -992,6 +998,14 @@ def test_patience_ends(ours):
     assert 2.0 <= SYSTEM.now() - began < 2.1
     assert ours._store.settle(lease, None) is False
     assert ours.add("k", 1) is True
+
+
+def test_a_backoff_is_passed_over(ours):
+    """A load that has failed a short while ago keeps nobody from adding or counting."""
+    for key in ("added", "counted"):
+        ours._store.settle(ours._store.lease(key, None), None, backoff_s=60)
+    assert ours.add("added", 1) is True
+    assert ours.inc("counted") == 1
 
 
 def test_set_breaks_a_load(ours):
@@ -1108,7 +1122,7 @@ def test_two_apps_do_not_share(clock):
     apps = []
     for name in ("one", "two"):
         app = Flask(name)
-        app.extensions["cache_strategies"] = made()
+        CacheStrategies(app)
         cache.init_app(app, config={"CACHE_TYPE": OURS})
         apps.append(app)
     for app in apps:

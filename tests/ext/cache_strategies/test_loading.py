@@ -84,6 +84,20 @@ class Rig:
         return True
 
 
+class Elsewhere(LocalStore):
+    """A store in which others do something at some time."""
+
+    def __init__(self):
+        super().__init__(1 << 20)
+        self.due, self.asked_at = [], []
+
+    def lease(self, key, known, /, *, anyway=False):
+        self.asked_at.append(SYSTEM.now())
+        while self.due and self.due[0][0] <= SYSTEM.now():
+            self.due.pop(0)[1]()
+        return super().lease(key, known, anyway=anyway)
+
+
 @pytest.fixture
 def clock():
     with virtual_clock() as clock:
@@ -245,7 +259,9 @@ def test_none_may_be_kept_for_a_time_of_its_own(rig, clock):
     """`negative_expire` holds for None, which is then never stale."""
     options = {"expire": 100, "negative_expire": 5, "stale_if_error": 100}
     assert rig.get(None, **options).value is None
-    assert rig.store.read("k").is_negative
+    entry = rig.store.read("k")
+    assert entry.is_negative
+    assert entry.gone_at == entry.fresh_until == clock.now + 5
     clock.advance(4)
     assert rig.get(1, **options) == (None, Outcome.HIT, 4.0)
     clock.advance(2)
@@ -353,6 +369,7 @@ def test_a_failed_refresh_is_not_tried_again_at_once(rig, clock, caplog):
     clock.advance(3.9)
     for each in (rig, other, rig, other):
         assert each.get("new", **options).value == "old"
+        assert rig.later == []  # this process knows without asking the store
         each.run_later()
     assert (len(rig.calls), other.calls) == (2, [])
     assert rig.counts()[2:] == ["get stale", "refresh error"] + ["get stale"] * 2
@@ -360,6 +377,20 @@ def test_a_failed_refresh_is_not_tried_again_at_once(rig, clock, caplog):
     rig.get("new", **options)
     rig.run_later()
     assert other.get(None, **options) == ("new", Outcome.HIT, 0.0)
+
+
+def test_a_load_that_succeeds_ends_the_backoff(rig, clock):
+    """Whoever has brought it: the next refresh is begun when it is due."""
+    options = {"expire": 10, "stale_while_revalidate": 60, "refresh_backoff": 30}
+    rig.get("old", **options)
+    clock.advance(11)
+    rig.get(Mine(), **options)
+    rig.run_later()
+    assert rig.get("new", expire=10) == ("new", Outcome.MISS, 0.0)
+    clock.advance(9)
+    rig.store.write("k", Entry(Codec().encode(1), created_at=0, fresh_until=clock.now))
+    rig.get("newer", **options)
+    assert len(rig.later) == 1
 
 
 def test_a_refresh_elsewhere_is_not_waited_for(rig, clock):
@@ -497,17 +528,21 @@ def test_an_error_of_the_callers_is_not_hidden(rig, clock, error):
     assert len(rig.calls) == 3
 
 
-def test_while_a_failed_load_backs_off_stale_is_served_at_once(rig, clock):
+def test_while_a_failed_load_backs_off_stale_is_served_at_once(clock):
     """Without the source, here and in another process; after the window it is asked in any case."""
-    options = {"expire": 10, "stale_if_error": 50, "refresh_backoff": 49}
+    options = {"expire": 10, "stale_if_error": 50, "refresh_backoff": 100}
+    rig = Rig(Elsewhere())
     other = Rig(rig.store)
     rig.get("old", **options)
     clock.advance(11)
     rig.get(Mine(), **options)
+    asked = len(rig.store.asked_at)
     clock.advance(40)
-    assert rig.get("new", **options).outcome == other.get("new", **options).outcome == "STALE"
+    assert rig.get("new", **options).outcome == "STALE"
+    assert len(rig.store.asked_at) == asked  # this process knows without asking the store
+    assert other.get("new", **options).outcome == "STALE"
     assert (len(rig.calls), other.calls) == (2, [])
-    clock.advance(9)  # the backoff still holds in the store
+    clock.advance(9)  # the backoff still holds
     assert other.get("new", **options) == ("new", Outcome.MISS, 0.0)
     assert rig.get(None, **options).outcome == "HIT"
 
@@ -575,20 +610,6 @@ def test_stale_after_an_invalidation_by_tag(rig, clock):
 
 
 # --- Other processes ------------------------------------------------------------------------------
-
-
-class Elsewhere(LocalStore):
-    """A store in which others do something at some time."""
-
-    def __init__(self):
-        super().__init__(1 << 20)
-        self.due, self.asked_at = [], []
-
-    def lease(self, key, known, /, *, anyway=False):
-        self.asked_at.append(SYSTEM.now())
-        while self.due and self.due[0][0] <= SYSTEM.now():
-            self.due.pop(0)[1]()
-        return super().lease(key, known, anyway=anyway)
 
 
 @pytest.fixture
@@ -1164,6 +1185,15 @@ def test_another_caller_loads_where_the_first_was_cut_off():
     assert rig.calls == ["k", "k"]
 
 
+def test_those_who_wait_are_told_that_nothing_was_kept():
+    """A load during a write of the source is a BYPASS for all whom it serves."""
+    rig = Rig()
+    rig.store.begin_write("k")
+    answers = run_all(5, lambda _: rig.get("v", takes_s=0.2))
+    assert {(answer.value, str(answer.outcome)) for answer in answers} == {("v", "BYPASS")}
+    assert rig.calls == ["k"]
+
+
 def test_those_with_a_stale_value_take_it_where_the_shared_load_fails():
     """One load fails: who may be stale is, who may not gets the error."""
     rig = Rig()
@@ -1251,6 +1281,29 @@ def test_a_load_in_time_is_better_than_stale():
     assert rig.get(Mine(), **options).outcome == "STALE"
     rig.store.invalidate_tag("", keep_stale=False)
     assert rig.get("newer", **options).outcome == "MISS"
+
+
+def test_who_has_stopped_waiting_waits_for_nobody():
+    """A load that has got a stale value is not in a circle with the load that it left behind."""
+    rig, done = Rig(in_background=beside), []
+    options = {"expire": 0.05, "stale_if_error": 30, "soft_timeout": 0.05}
+    rig.get("old", "b", **options)
+    time.sleep(0.06)
+
+    def fetch_b():
+        time.sleep(0.15)
+        done.append(list(rig.get("another", "a")))
+        return "new"
+
+    def fetch_a():
+        found = rig.get(fetch_b, "b", **options).value
+        time.sleep(0.3)
+        return f"a of {found}"
+
+    assert rig.get(fetch_a, "a").value == "a of old"
+    until(lambda: done)
+    assert done[0][:2] == ["a of old", "MISS"]
+    assert rig.calls == ["b", "a", "b"]
 
 
 def test_a_fork_has_no_loads_of_its_parent():
