@@ -8,10 +8,11 @@ greenlets in nor stop the process. Nothing may be called under one that could sw
 import _thread  # noqa: F401 - `original` looks it up
 import os
 import sys
+import threading
 import weakref
 from typing import Any
 
-__all__ = ["give_lock", "is_patched", "original", "refuse_asyncio_under_gevent"]
+__all__ = ["give_lock", "is_patched", "make_event", "original", "refuse_asyncio_under_gevent"]
 
 _owners: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
@@ -20,6 +21,16 @@ def is_patched(module: str = "threading") -> bool:
     """Whether gevent has patched a module of the standard library in this process."""
     monkey = sys.modules.get("gevent.monkey")
     return monkey is not None and bool(monkey.is_module_patched(module))
+
+
+def make_event() -> Any:
+    """Something to wait for: `set`, `is_set` and `wait`, for greenlets or for threads."""
+    if is_patched():
+        # Far cheaper than the patched threading.Event, which is built of locks.
+        from gevent.event import Event
+
+        return Event()
+    return threading.Event()
 
 
 def refuse_asyncio_under_gevent() -> None:

@@ -125,7 +125,7 @@ class BackendStore:
 
     def read_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
         """Those that there are; none if the backend fails."""
-        named = {_name("e", key): key for key in keys}
+        named = {_name(_ENTRY, key): key for key in keys}
         if not named:
             return {}
         try:
@@ -135,7 +135,7 @@ class BackendStore:
             return {}
 
     def _read(self, named: Mapping[str, str]) -> dict[str, Entry]:
-        found = self._get([*_ALL, *named])
+        found = self._get([*_ALL.values(), *named])
         shift_us = _shift_us()
         opened = {name: self._open(found[name], shift_us) for name in named}
         entries = {name: entry for name, entry in opened.items() if entry is not None}
@@ -167,11 +167,12 @@ class BackendStore:
         """Whether it may be served; one that has become stale is made so."""
         # So that a change by this process is later than all that it has served.
         self._turns.note(entry.began_us)
-        tags = ("", *entry.tags)
-        dead_us = max(self._when(_name("d", tag), found) for tag in tags)
+        dead_us, stale_us = (
+            max(self._when(one, found) for one in (_ALL[kind], *_names(kind, entry.tags)))
+            for kind in (_DEAD, _STALE)
+        )
         if entry.began_us <= max(dead_us, self._when(name, {})):
             return False
-        stale_us = max(self._when(_name("s", tag), found) for tag in tags)
         if entry.began_us <= stale_us:
             at = (stale_us - _shift_us()) / 1e6
             entry.fresh_until = min(entry.fresh_until, at, SYSTEM.now())
@@ -210,7 +211,7 @@ class BackendStore:
         self._turns.delete_many(list(changes))
         jobs, since = {}, {}
         for key, entry in changes.items():
-            name, moment = _name("e", key), self._turns.now_us()
+            name, moment = _name(_ENTRY, key), self._turns.now_us()
             jobs[name] = None if entry is None else self._packed(entry, moment)
             since[name] = moment if entry is None else moment - 1
         return self._carry_out(jobs, since)
@@ -269,7 +270,7 @@ class BackendStore:
             if len(self._owed) > _MANY:
                 latest = max(self._owed.values())
                 self._owed.clear()
-                self._owed[_ALL[0]] = latest
+                self._owed[_ALL[_DEAD]] = latest
 
     def _paid(self, name: str, moment: int) -> None:
         with self._lock:
@@ -279,7 +280,7 @@ class BackendStore:
     def _pay(self) -> None:
         """Tell the backend what is owed, up to the first that fails; that is the last next time."""
         for name, moment in list(self._owed.items()):
-            is_entry = name.startswith(_ENTRY)
+            is_entry = name.startswith(_ENTRIES)
             if not (self._erase(name) if is_entry else self._set(name, moment, _MOMENT_S)):
                 self._owe({name: moment})
                 break
@@ -315,7 +316,7 @@ class BackendStore:
 
     def _load(self, lease: Lease, entry: Entry) -> bool:
         """Put in what was loaded; whether it is there."""
-        name, job = _name("e", lease.key), self._packed(entry, lease.began_us)
+        name, job = _name(_ENTRY, lease.key), self._packed(entry, lease.began_us)
         is_kept = False
         try:
             self._pay()
@@ -339,13 +340,13 @@ class BackendStore:
     def begin_write(self, key: str, /) -> Write:
         """Say that the source will be written; the value goes now."""
         write = self._turns.begin_write(key)
-        name = _name("e", key)
+        name = _name(_ENTRY, key)
         self._carry_out({name: None}, {name: write.began_us})
         return write
 
     def end_write(self, write: Write, entry: Entry | None, /) -> bool:
         """Say that the source was written."""
-        name, moment, job = _name("e", write.key), self._turns.now_us(), None
+        name, moment, job = _name(_ENTRY, write.key), self._turns.now_us(), None
         if entry is not None and self._turns.is_alone(write):
             job = self._packed(entry, moment)
         is_done = self._carry_out({name: job}, {name: moment if job is None else moment - 1})
@@ -369,7 +370,7 @@ class BackendStore:
     def invalidate_tag(self, tag: str, /, *, keep_stale: bool) -> bool:
         """Make all entries of a tag invalid, for all processes."""
         self._turns.invalidate_tag(tag, keep_stale=keep_stale)
-        name, moment = _name("s" if keep_stale else "d", tag), self._turns.now_us()
+        name, moment = _name(_STALE if keep_stale else _DEAD, tag), self._turns.now_us()
         return self._carry_out({name: (moment, _MOMENT_S)}, {name: moment})
 
     # --- Beside
@@ -474,14 +475,19 @@ def _name(kind: str, text: str) -> str:
     return f"muset:{kind}#{digest.hexdigest()}"
 
 
-_ENTRY = "muset:e"
-#: All entries: invalid for good, and stale.
-_ALL = (_name("d", ""), _name("s", ""))
+_ENTRY, _DEAD, _STALE = "e", "d", "s"
+_ENTRIES = f"muset:{_ENTRY}"
+#: All entries.
+_ALL = {kind: _name(kind, "") for kind in (_DEAD, _STALE)}
+
+
+def _names(kind: str, tags: Iterable[str]) -> list[str]:
+    return [_name(kind, tag) for tag in tags]
 
 
 def _names_of_tags(entries: Iterable[Entry]) -> list[str]:
-    tags = dict.fromkeys(tag for entry in entries for tag in entry.tags)
-    return [_name(kind, tag) for tag in tags for kind in ("d", "s")]
+    tags = {tag for entry in entries for tag in entry.tags}
+    return [*_names(_DEAD, tags), *_names(_STALE, tags)]
 
 
 def _shift_us() -> int:

@@ -4,7 +4,7 @@
 -- counts the writes that go on; of two at once nobody knows which is the last.
 local held = redis.call('GET', KEYS[2])
 local count = held and string.match(held, '^W(%d+):')
-if count then
+if count and held ~= 'W1:' .. ARGV[1] then
   redis.call('SET', KEYS[2], 'W' .. (count + 1) .. ':-', 'PX', ARGV[2])
 else
   redis.call('SET', KEYS[2], 'W1:' .. ARGV[1], 'PX', ARGV[2])

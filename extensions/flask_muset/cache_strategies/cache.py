@@ -12,6 +12,7 @@ from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.stores import Store
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
+from flask_muset.signals import cache_operated
 
 __all__ = ["Cache", "check_tags"]
 
@@ -30,6 +31,14 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
     return tuple(map(check_key, tags))
 
 
+def _nothing(_key: str) -> None:
+    return None
+
+
+#: Who is told of operations; without anybody they are not timed.
+_listeners = cache_operated.receivers
+
+
 class Cache:
     """What `cache_manager` and the strategies do, for one app.
 
@@ -39,7 +48,6 @@ class Cache:
         in_background: Runs a refresh beside the request.
         default_expire_s: Of what is kept without a time of its own; None for no end.
         tell: Counts an operation: name, status, seconds.
-        is_counted: Whether anybody listens to what is told.
         note: Is given how each load was answered.
         is_off: Whether every load goes to its source.
     """
@@ -52,7 +60,6 @@ class Cache:
         in_background: Callable[[Callable[[], None]], None],
         default_expire_s: float | None,
         tell: Tell,
-        is_counted: Callable[[], bool],
         note: Callable[[Answer], None],
         is_off: bool = False,
     ) -> None:
@@ -60,7 +67,10 @@ class Cache:
         self.codec = codec
         self.default_expire_s = default_expire_s
         self._tell = tell
-        self._is_counted = is_counted
+        memory = getattr(store, "memory", None)
+        #: What is known without waiting.
+        self._peek: Callable[[str], Entry | None] = _nothing if memory is None else memory.get
+        self._decode = codec.decode
         self._note = note
         self._is_off = is_off
         self._loader = Loader(store, codec, in_background=in_background, tell=tell)
@@ -70,18 +80,19 @@ class Cache:
     def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, `default` if there is none that is fresh."""
         began = SYSTEM.now()
-        entry = self.store.read(key if type(key) is str else check_key(key))
-        value, status = ABSENT, "miss"
-        if entry is not None and began < entry.fresh_until:
+        # Hits of the memory take no more steps than they must.
+        entry = self._peek(key) or self.store.read(check_key(key))
+        if entry is None or began >= entry.fresh_until:
+            value, status = ABSENT, "miss"
+        else:
             value, status = self._value(entry)
-        if self._is_counted():
+        if _listeners:
             self._tell("get", status, SYSTEM.now() - began)
         return default if value is ABSENT else value
 
     def peek(self, key: str) -> Any:
         """The value that the memory of this process has, fresh; ABSENT if it would have to wait."""
-        memory = getattr(self.store, "memory", None)
-        entry = None if memory is None else memory.get(key)
+        entry = self._peek(key)
         if entry is None or SYSTEM.now() >= entry.fresh_until:
             return ABSENT
         return self._value(entry)[0]
@@ -104,7 +115,7 @@ class Cache:
         if entry.shared is not ABSENT:
             return entry.shared, "hit"
         try:
-            value = self.codec.decode(entry.payload)
+            value = self._decode(entry.payload)
         except Unreadable:
             return ABSENT, "unreadable"
         if entry.is_negative and value is not None:

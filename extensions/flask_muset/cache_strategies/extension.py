@@ -106,7 +106,6 @@ class CacheStrategies(CacheManager):
             in_background=partial(_in_background, app),
             default_expire_s=config.default_expire_s,
             tell=tell,
-            is_counted=_is_counted,
             note=_note if config.response_headers else _note_nothing,
             is_off=not config.enabled,
         )
@@ -185,10 +184,6 @@ def _flask_cache(app: Flask) -> flask_caching.Cache:
 
 
 # --- What the cache tells -------------------------------------------------------------------------
-
-
-def _is_counted() -> bool:
-    return bool(cache_operated.receivers)
 
 
 def _tell(app: Flask, operation: str, status: str, duration_s: float | None) -> None:

@@ -155,15 +155,16 @@ class StoreBackend(BaseCache):
             UnsupportedType: The value cannot be encoded.
         """
         entry = self._entry(value, timeout)
-        until, known = SYSTEM.now() + _PATIENCE_S, self._store.read(key)
-        while not self._is_there(known):
-            if entry is None:
-                return True
+        if entry is None:
+            return not self.has(key)
+        until, known = SYSTEM.now() + _PATIENCE_S, None
+        while True:
             got = self._lease(key, known, until)
-            if not isinstance(got, Entry):
-                return got is not None and self._done("set", [key], self._store.settle(got, entry))
+            if isinstance(got, Lease):
+                return self._put_in(got, known, entry)
+            if got is None or self._is_there(got):
+                return False
             known = got
-        return False
 
     def delete(self, key: str) -> bool:
         """Forget a value; whether it was there and is deleted."""
@@ -180,15 +181,14 @@ class StoreBackend(BaseCache):
         tries = 0
         while tries < _TRIES:
             got = self._lease(key, known, until)
+            if got is None:
+                break
             if isinstance(got, Lease):
                 number = self._add_up(got, known, delta)
                 if number is not None:
                     return number
                 tries += 1
-                got = self._store.read(key)
-            elif got is None:
-                break
-            known = got
+            known = got if isinstance(got, Entry) else None
         return None
 
     def dec(self, key: str, delta: int = 1) -> int | None:
@@ -279,15 +279,39 @@ class StoreBackend(BaseCache):
             SYSTEM.sleep(SYSTEM.uniform(*_PAUSE_S))
         return None
 
+    def _current(self, lease: Lease, known: Entry | None) -> Entry | None:
+        """What is there now that we have the lease, which ends when it changes.
+
+        A shared store tells it by `lease` alone: what it reads may come from a memory that has not
+        heard yet of a delete.
+        """
+        if not lease.token:
+            return self._store.read(lease.key)
+        got = None if known is None else self._store.lease(lease.key, None, anyway=True)
+        if isinstance(got, Lease):
+            # Ours has ended, so this one is of no use either.
+            self._store.settle(got, None)
+        return got if isinstance(got, Entry) else None
+
+    def _put_in(self, lease: Lease, known: Entry | None, entry: Entry) -> bool:
+        """Put in an entry unless there is a value now; whether it did."""
+        kept = None
+        try:
+            if not self._is_there(self._current(lease, known)):
+                kept = entry
+        finally:
+            is_kept = self._store.settle(lease, kept)
+        return is_kept and self._done("set", [lease.key], is_kept)
+
     def _add_up(self, lease: Lease, known: Entry | None, delta: int) -> int | None:
         """Put in the sum; None if the store has not, because the key was changed, or at all."""
         entry = None
         try:
-            number: int = (self._value(known)[0] or 0) + delta
+            number: int = (self._value(self._current(lease, known))[0] or 0) + delta
             entry = self._entry(number, None)
         finally:
-            is_done = self._store.settle(lease, entry)
-        return number if self._done("set", [lease.key], is_done) else None
+            is_kept = self._store.settle(lease, entry)
+        return number if is_kept and self._done("set", [lease.key], is_kept) else None
 
     def _done(self, operation: str, keys: Iterable[str], is_done: bool) -> bool:
         for key in keys:

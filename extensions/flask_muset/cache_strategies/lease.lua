@@ -9,8 +9,8 @@ local lock = redis.call('GET', KEYS[2])
 if lock then
   local kind = string.sub(lock, 1, 1)
   if kind == 'W' then return {'write'} end
-  if kind == 'L' then return {'load'} end
-  if ARGV[6] == '0' then return {'backoff'} end
+  if kind == 'L' and lock ~= 'L' .. ARGV[1] then return {'load'} end
+  if kind == 'B' and ARGV[6] == '0' then return {'backoff'} end
 end
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2]

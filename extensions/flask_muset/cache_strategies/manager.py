@@ -268,18 +268,16 @@ def _decorated(
     made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
     find = manager._cache
     # The last one is found without a look into the dictionary: most processes have one app.
-    last: Callable[[], Cache | None] = lambda: None
-    chosen = None
+    last: tuple[Callable[[], Cache | None], LoadOptions] | None = None
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal last, chosen
-        cache = find()
-        if last() is not cache:
-            chosen = made.get(cache) or choose(cache)
-            last = weakref.ref(cache)
+        nonlocal last
+        cache, found = find(), last
+        if found is None or found[0]() is not cache:
+            found = last = weakref.ref(cache), made.get(cache) or choose(cache)
         key = make_key(*args, **kwargs)
-        return cache.load(key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]
+        return cache.load(key, partial(fn, *args, **kwargs), found[1])  # type: ignore[no-any-return]
 
     def choose(cache: Cache) -> LoadOptions:
         cache.codec.register_returned(fn)

@@ -11,7 +11,6 @@ Below the deployment's prefix and the format's version:
 The scripts decide, so that all processes decide alike, and by the clock of Redis.
 """
 
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,10 +122,11 @@ class RedisEntries:
 
     # --- Loads
 
-    def lease(self, key: str, known: Entry | None, *, anyway: bool) -> Entry | Lease | Busy:
-        """Ask for the right to load."""
+    def lease(
+        self, key: str, known: Entry | None, token: bytes, *, anyway: bool
+    ) -> Entry | Lease | Busy:
+        """Ask for the right to load; asked again with the same token, it is the same lease."""
         seen = _UNSEEN if known is None else known.began_us.to_bytes(8, "big")
-        token = secrets.token_bytes(8)
         while True:
             what, *more = self._redis.script(
                 _LEASE,
@@ -174,10 +174,9 @@ class RedisEntries:
             keys = [prefix + key for prefix in (self._values, self._locks) for key in some]
             self._noted(self._redis.script(_CHANGE, keys, words))
 
-    def begin_write(self, key: str) -> Write:
-        """Count a write of the source in."""
+    def begin_write(self, key: str, token: bytes) -> Write:
+        """Count a write of the source in; asked again with the same token, it is the same one."""
         self.now_us()  # makes sure that there are tags before anything is written
-        token = secrets.token_bytes(8)
         words = [token, round(_WRITE_LEASE_S * 1000), self.channel, self._sender, key]
         keys = [self._values + key, self._locks + key]
         began = self._redis.script(_BEGIN_WRITE, keys, words)

@@ -14,7 +14,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from flask_muset.cache_strategies.entry import Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
@@ -22,11 +22,18 @@ from flask_muset.cache_strategies.memory import Memory
 from flask_muset.cache_strategies.redis_entries import RedisEntries
 from flask_muset.cache_strategies.repairs import Repairs
 from flask_muset.clock import SYSTEM
-from flask_muset.errors import CacheUnavailable, MusetError
-from flask_muset.locks import give_lock, is_patched
+from flask_muset.errors import (
+    CacheUnavailable,
+    MusetError,
+    OperationTimeoutError,
+    OverloadedError,
+)
+from flask_muset.locks import give_lock, is_patched, make_event
 from flask_muset.redis import GuardedRedis
 
 __all__ = ["TieredStore"]
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -34,10 +41,40 @@ _log = logging.getLogger(__name__)
 #: whether it is back, and tells it first what it has missed.
 _SETTLING_S = 0.5
 _MAX_TAGS = 10_000
+_TRIES = 5
+#: Longer than anybody reads: the client has a budget.
+_LONG_S = 5.0
 
 
 def _ignore(_operation: str, _status: str, _duration_s: float | None) -> None:
     pass
+
+
+class _Reading:
+    """One reading of one key, for all who wait for it; it may be cut off before it is done."""
+
+    __slots__ = ("entry", "event", "is_done", "is_over", "mark")
+
+    def __init__(self, mark: int) -> None:
+        self.mark = mark
+        self.entry: Entry | None = None
+        self.is_done = self.is_over = False
+        #: Only there once somebody waits: it costs as much as half of the reading.
+        self.event: Any = None
+
+    def end(self) -> None:
+        """Let go those who wait."""
+        self.is_over = True  # before the look at the event, see `wait`
+        if self.event is not None:
+            self.event.set()
+
+    def wait(self, lock: Any) -> bool:
+        """Wait for the end; whether it is done."""
+        with lock:
+            event = self.event = self.event or make_event()
+        if not self.is_over:
+            event.wait(_LONG_S)
+        return self.is_done
 
 
 class TieredStore:
@@ -77,6 +114,7 @@ class TieredStore:
         self._is_repairing = False
         self._held: dict[Lease, float] = {}
         self._is_renewing = False
+        self._readings: dict[str, _Reading] = {}
         self._entries = self._make_entries()
         give_lock(self)
         redis.on_change = self._link_changed
@@ -116,6 +154,26 @@ class TieredStore:
         if error is not None:
             _log.debug("%s without Redis: %s", operation, error)
         self._tell(operation, "unavailable", None)
+
+    def _ask(self, operation: str, ask: Callable[[RedisEntries], T]) -> T | None:
+        """What Redis answers; None if it does not.
+
+        Where the link stays up although there was no answer in time, it was this process that had
+        too much to do, and Redis is asked again.
+        """
+        error: MusetError | None = None
+        for _ in range(_TRIES):
+            entries = self._reach()
+            if entries is None:
+                break
+            try:
+                return ask(entries)
+            except MusetError as failure:
+                error = failure
+                if not isinstance(failure, OverloadedError | OperationTimeoutError):
+                    break
+        self._missed(operation, error)
+        return None
 
     def _repair(self) -> bool:
         """Tell Redis what it has missed; whether that is done."""
@@ -210,16 +268,31 @@ class TieredStore:
         return self._read_below(key) if entry is None else entry
 
     def _read_below(self, key: str) -> Entry | None:
+        """The entry of Redis, which is asked once for all who want it at the same time."""
         entries = self._reach()
         if entries is None:
             self._missed("get")
             return None
         mark = self.memory.mark
+        reading = self._readings.get(key)
+        # One that began before something was made invalid may bring what is invalid.
+        if reading is not None and reading.mark == mark and reading.wait(self._lock):
+            return reading.entry
+        return self._read_for_all(entries, key, mark)
+
+    def _read_for_all(self, entries: RedisEntries, key: str, mark: int) -> Entry | None:
+        reading = self._readings[key] = _Reading(mark)
         try:
-            entry = entries.read(key)
+            entry = reading.entry = entries.read(key)
+            reading.is_done = True
         except MusetError as error:
+            reading.is_done = True
             self._missed("get", error)
             return None
+        finally:
+            if self._readings.get(key) is reading:
+                del self._readings[key]
+            reading.end()
         if entry is not None and self._has_memory:
             self.memory.put(key, entry, mark)
         return entry
@@ -253,14 +326,9 @@ class TieredStore:
         self, key: str, known: Entry | None, /, *, anyway: bool = False
     ) -> Entry | Lease | Busy:
         """Ask for the right to load; while Redis is away everybody has it for his own process."""
-        mark = self.memory.mark
-        entries = self._reach()
-        if entries is not None:
-            try:
-                return self._leased(key, entries.lease(key, known, anyway=anyway), mark)
-            except MusetError as error:
-                self._missed("lease", error)
-        return Lease(key, b"", 0, mark)
+        mark, token = self.memory.mark, secrets.token_bytes(8)
+        got = self._ask("lease", lambda entries: entries.lease(key, known, token, anyway=anyway))
+        return Lease(key, b"", 0, mark) if got is None else self._leased(key, got, mark)
 
     def _leased(self, key: str, got: Entry | Lease | Busy, mark: int) -> Entry | Lease | Busy:
         if isinstance(got, Entry):
@@ -276,24 +344,15 @@ class TieredStore:
         self._held.pop(lease, None)
         if entry is not None:
             entry.began_us = lease.began_us
-        is_held = self._settled(lease, entry, backoff_s) if lease.token else None
+        is_held = None
+        if lease.token:
+            is_held = self._ask("settle", lambda entries: entries.settle(lease, entry, backoff_s))
         if is_held is False or entry is None:
             return False
+        # Where Redis cannot be asked the memory decides: it knows what was made invalid, or its
+        # entries do not last long.
         is_kept = self.memory.put(lease.key, entry, lease.mark)
         return is_kept if is_held is None else is_held
-
-    def _settled(self, lease: Lease, entry: Entry | None, backoff_s: float) -> bool | None:
-        """Whether it was still held; None if Redis cannot be asked.
-
-        Then the memory decides: it knows what was made invalid, or its entries do not last long.
-        """
-        entries = self._reach()
-        if entries is not None:
-            try:
-                return entries.settle(lease, entry, backoff_s)
-            except MusetError as error:
-                self._missed("settle", error)
-        return None
 
     def _renew_beside(self) -> None:
         with self._lock:
@@ -362,40 +421,37 @@ class TieredStore:
         return is_done
 
     def _changed(self, changes: Mapping[str, Entry | None]) -> bool:
-        entries = self._reach()
-        operation = "delete" if None in changes.values() else "set"
-        if entries is None:
-            self._missed(operation)
-            return False
-        try:
+        def change(entries: RedisEntries) -> bool:
             for entry in changes.values():
                 if entry is not None:
                     entry.began_us = entries.now_us()
             entries.change(changes)
-        except MusetError as error:
-            self._missed(operation, error)
-            return False
-        return True
+            return True
+
+        operation = "delete" if None in changes.values() else "set"
+        return self._ask(operation, change) or False
 
     def begin_write(self, key: str, /) -> Write:
         """Say that the source will be written; the value goes now."""
         self.memory.drop(key)
-        write = Write(key, b"", 0)
-        entries = self._reach()
-        if entries is not None:
-            try:
-                write = entries.begin_write(key)
-            except MusetError as error:
-                self._missed("set", error)
-        if not write.token:
+        token = secrets.token_bytes(8)
+        write = self._ask("set", lambda entries: entries.begin_write(key, token))
+        if write is None:
             self._repairs.add_keys([key])
+            write = Write(key, b"", 0)
         self.memory.drop(key)
         write.mark = self.memory.mark
         return write
 
     def end_write(self, write: Write, entry: Entry | None, /) -> bool:
         """Say that the source was written."""
-        is_alone = self._ended(write, entry) if write.token else None
+
+        def end(entries: RedisEntries) -> bool:
+            if entry is not None:
+                entry.began_us = entries.now_us()
+            return entries.end_write(write, entry)
+
+        is_alone = self._ask("set", end) if write.token else None
         if is_alone is None:
             self._repairs.add_keys([write.key])
         if is_alone is not False and entry is not None:
@@ -403,20 +459,6 @@ class TieredStore:
         else:
             self.memory.drop(write.key)
         return is_alone is not None
-
-    def _ended(self, write: Write, entry: Entry | None) -> bool | None:
-        """Whether it was the only write; None if Redis does not know that it has ended."""
-        entries = self._reach()
-        if entries is None:
-            self._missed("set")
-            return None
-        try:
-            if entry is not None:
-                entry.began_us = entries.now_us()
-            return entries.end_write(write, entry)
-        except MusetError as error:
-            self._missed("set", error)
-            return None
 
     # --- Invalidation
 
@@ -443,18 +485,15 @@ class TieredStore:
 
     def invalidate_tag(self, tag: str, /, *, keep_stale: bool) -> bool:
         """Make all entries of a tag invalid in both levels."""
-        entries = self._reach()
-        is_done = False
-        if entries is not None:
-            try:
-                self._note_tag(*entries.invalidate_tag(tag, keep_stale=keep_stale))
-                is_done = True
-            except MusetError as error:
-                self._missed("delete", error)
-        if not is_done:
+        noted = self._ask(
+            "delete", lambda entries: entries.invalidate_tag(tag, keep_stale=keep_stale)
+        )
+        if noted is None:
             self._repairs.add_tag(tag, keep_stale=keep_stale)
+        else:
+            self._note_tag(*noted)
         self.memory.invalidate_tag(tag, keep_stale=keep_stale)
-        return is_done
+        return noted is not None
 
     # --- Beside
 
@@ -491,6 +530,7 @@ class TieredStore:
         """A child hears nothing of what its parent listens to."""
         self._feed = None
         self._held = {}
+        self._readings = {}
         self._is_renewing = self._is_repairing = False
         self._tags = {}
         self.memory.trusted_until = 0.0

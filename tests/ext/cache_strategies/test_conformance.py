@@ -245,7 +245,6 @@ class TestPlainStore(CacheStoreSuite):
     """What the protocol says can be done, in a few lines."""
 
     test_a_full_store_forgets = None  # it has no bound
-
     lease_s = 3.0
 
     @pytest.fixture

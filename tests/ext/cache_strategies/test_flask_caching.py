@@ -6,6 +6,7 @@ import decimal
 import itertools
 import logging
 import threading
+import time
 import uuid
 import warnings
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from hypothesis import strategies as st
 from jinja2 import DictLoader, FileSystemLoader
 from markupsafe import Markup
 from patched import run_patched
+from redis_server import redis_server as redis_server
 from werkzeug.exceptions import Conflict, HTTPException, NotFound
 
 from flask_muset.cache_strategies import CacheStrategies
@@ -43,7 +45,9 @@ from flask_muset.cache_strategies.codec import Codec, UnsupportedType
 from flask_muset.cache_strategies.entry import NEVER, Entry
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend, _Aborted
 from flask_muset.cache_strategies.local_store import LocalStore
+from flask_muset.cache_strategies.tiered_store import TieredStore
 from flask_muset.clock import SYSTEM
+from flask_muset.redis import GuardedRedis
 from flask_muset.testing import virtual_clock
 
 OURS = "flask_muset.cache_strategies.flask_caching_backend.StoreBackend"
@@ -1091,6 +1095,57 @@ def test_threads_count_exactly():
     backend = StoreBackend(LocalStore(1 << 20), Codec())
     seen = at_once(8, lambda _number: [backend.inc("n") for _ in range(100)])
     assert sorted(itertools.chain(*seen)) == list(range(1, 801))
+
+
+def test_processes_that_share_a_redis(redis_server):
+    """Two stores of one Redis, as two processes have them, add once and count exactly together."""
+    redis = [GuardedRedis(redis_server.url, budget_s=5.0) for _ in range(2)]
+    stores = [TieredStore(one, max_bytes=1 << 20) for one in redis]
+    backends = [StoreBackend(store, Codec()) for store in stores]
+
+    def run(number):
+        backend = backends[number % 2]
+        added = [backend.add(f"k{turn}", number) for turn in range(20)]
+        return added, [backend.inc("n") for _ in range(20)]
+
+    results = at_once(6, run)
+    assert [sum(turns) for turns in zip(*(added for added, _ in results), strict=True)] == [1] * 20
+    assert sorted(itertools.chain(*(seen for _, seen in results))) == list(range(1, 121))
+    # At once, whatever the memory of the other one has not heard yet.
+    for turn in range(20):
+        assert backends[turn % 2].get("n") is not None
+        assert backends[1 - turn % 2].delete("n") is True
+        assert backends[turn % 2].inc("n") == 1
+        assert backends[turn % 2].delete("k") is False
+        assert backends[1 - turn % 2].add("k", "again") is True
+        assert backends[turn % 2].get("k") == "again"
+        assert backends[1 - turn % 2].delete("k") is True
+    for closed in (*stores, *redis):
+        closed.close()
+
+
+def test_while_redis_is_away(redis_server):
+    """Each process adds and counts alone, by what its memory has, and nothing raises or waits."""
+    redis = GuardedRedis(redis_server.url, budget_s=5.0)
+    store = TieredStore(redis, max_bytes=1 << 20)
+    backend = StoreBackend(store, Codec())
+    while store.explain("there")["invalidations"] != "linked":
+        time.sleep(0.005)
+    assert backend.set("there", 1) is True
+    redis_server.kill()
+    assert backend.set("k", 1) is False
+    began = SYSTEM.now()
+    assert backend.get_many("there", "k") == [1, 1]
+    assert backend.add("there", 2) is False
+    assert backend.add("k", 2) is False
+    assert backend.add("new", 3) is True
+    assert [backend.inc("there"), backend.inc("counted"), backend.dec("counted", 5)] == [2, 1, -4]
+    assert backend.get_many("there", "k", "new", "counted") == [2, 1, 3, -4]
+    assert backend.clear() is False
+    assert backend.get_many("there", "k", "new") == [None] * 3
+    assert SYSTEM.now() - began < 0.5
+    for closed in (store, redis):
+        closed.close()
 
 
 def test_under_gevent():

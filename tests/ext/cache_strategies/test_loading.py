@@ -449,15 +449,17 @@ def test_a_refresh_that_never_begins_is_made_up_for(clock):
     assert rig.is_idle()
 
 
-def test_who_needs_a_value_does_not_wait_for_a_refresh_that_has_not_begun(rig, clock):
-    """He loads at once, and the refresh has nothing left to do."""
+def test_who_needs_a_value_does_not_wait_for_a_refresh_that_has_not_begun(clock):
+    """He loads at once, and the refresh has nothing left to do, not even to ask."""
+    rig = Rig(Elsewhere())
     options = {"expire": 10, "stale_while_revalidate": 60}
     rig.get("old", **options)
     clock.advance(11)
     rig.get("new", **options)
     assert rig.get("newer", expire=10) == ("newer", Outcome.MISS, 0.0)
+    asked = len(rig.store.asked_at)
     rig.run_later()
-    assert rig.calls == ["k", "k"]
+    assert (rig.calls, len(rig.store.asked_at)) == (["k", "k"], asked)
     assert rig.is_idle()
 
 
@@ -607,6 +609,11 @@ def test_stale_after_an_invalidation_by_tag(rig, clock):
     rig.store.invalidate_tag("t", keep_stale=True)
     answer = rig.get(Mine(), **options)
     assert (answer.value, answer.outcome) == ("old", "STALE")
+    rig.get(None, "none", negative_expire=60, tags=("t",))
+    clock.advance(1)
+    rig.store.invalidate_tag("t", keep_stale=True)
+    with pytest.raises(Mine):  # that there was nothing is never served stale
+        rig.get(Mine(), "none", negative_expire=60, **options)
 
 
 # --- Other processes ------------------------------------------------------------------------------
@@ -1142,30 +1149,41 @@ def test_waiting_threads_stop_at_the_hard_limit():
 
 
 def test_who_comes_after_an_invalidation_does_not_join():
-    """Those who waited get the old value, those who come later a new load's."""
-    rig, go, answers = Rig(), threading.Event(), []
+    """Those who waited get the old value, those who come later share a new load."""
+    rig, answers = Rig(), {"old": [], "new": []}
+    gates = {value: threading.Event() for value in answers}
 
-    def old():
-        go.wait(10)
-        return "old"
+    def ask(value):
+        def fetch():
+            gates[value].wait(10)
+            return value
 
-    first = [
-        threading.Thread(target=lambda: answers.append(rig.get(old, expire=60))) for _ in range(2)
-    ]
-    for thread in first:
+        answers[value].append(rig.get(fetch, expire=60).value)
+
+    def start(value, calls):
+        thread = threading.Thread(target=ask, args=(value,))
         thread.start()
-    until(lambda: rig.calls == ["k"])
-    time.sleep(0.05)
+        until(lambda: len(rig.calls) == calls)
+        time.sleep(0.02)
+        return thread
+
+    old = [start("old", 1), start("old", 1)]
     rig.store.delete("k")
     rig.loader.detach_matching(lambda key: key.startswith("x"))
     assert len(rig.loader._flights) == 1
     rig.loader.detach_matching(lambda key: key.startswith("k"))
-    assert rig.get("new", expire=60) == ("new", Outcome.MISS, 0.0)
-    go.set()
-    for thread in first:
+    new = [start("new", 2)]
+    gates["old"].set()
+    for thread in old:
         thread.join(10)
-    assert [answer.value for answer in answers] == ["old", "old"]
+    assert len(rig.loader._flights) == 1  # the old load's end has left the new one alone
+    new.append(start("new", 2))
+    gates["new"].set()
+    for thread in new:
+        thread.join(10)
+    assert answers == {"old": ["old"] * 2, "new": ["new"] * 2}
     assert rig.get(None).value == "new"
+    assert len(rig.calls) == 2
     assert rig.is_idle()
 
 
