@@ -142,7 +142,7 @@ class CacheEvent:
         operation: Label: `get`, `set`, `delete`, `delete_pattern`, `load`, `refresh` and the like.
         status: Label: `hit`, `miss`, `stale`, `bypass`, `ok`, `error`, `unavailable`, `unreadable`
             and the like.
-        duration_s: Seconds that a `get` took without the load; None for all others.
+        duration_s: Seconds that it took, a `get` without its load; None where it is not timed.
     """
 
     operation: str

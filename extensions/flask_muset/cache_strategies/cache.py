@@ -12,6 +12,7 @@ from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.stores import Store
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
+from flask_muset.errors import NotFoundError
 from flask_muset.signals import cache_operated
 
 __all__ = ["Cache", "check_tags"]
@@ -34,6 +35,9 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
 def _nothing(_key: str) -> None:
     return None
 
+
+_BYPASSED = Answer(None, Outcome.BYPASS, 0.0)
+_MISSED = Answer(None, Outcome.MISS, 0.0)
 
 #: Who is told of operations; without anybody they are not timed.
 _listeners = cache_operated.receivers
@@ -219,9 +223,15 @@ class Cache:
     def load(self, key: str, fetch: Callable[[], Any], options: LoadOptions) -> Any:
         """A value of the cache, or of one load."""
         if self._is_off:
-            answer = Answer(fetch(), Outcome.BYPASS, 0.0)
-        else:
+            self._note(_BYPASSED)
+            return fetch()
+        try:
             answer = self._loader.get(key, fetch, options)
+        except NotFoundError:
+            raise  # loaded or remembered: nobody knows here
+        except Exception:
+            self._note(_MISSED)
+            raise
         self._note(answer)
         return answer.value
 

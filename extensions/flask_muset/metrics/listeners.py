@@ -68,7 +68,7 @@ class Listeners:
         """Count an operation on the cache, and how long a read took."""
         if self._concerns(sender):
             self._families["cache_operations_total"].add(1, event.operation, event.status)
-            if event.duration_s is not None:
+            if event.operation == "get" and event.duration_s is not None:
                 self._families["cache_get_duration_seconds"].observe(event.duration_s)
 
     def _show(self, family: str, name: str, state: str) -> None:

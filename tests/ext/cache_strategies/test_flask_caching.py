@@ -42,7 +42,7 @@ from werkzeug.exceptions import Conflict, HTTPException, NotFound
 
 from flask_muset.cache_strategies import CacheStrategies
 from flask_muset.cache_strategies.codec import Codec, UnsupportedType
-from flask_muset.cache_strategies.entry import NEVER, Entry
+from flask_muset.cache_strategies.entry import NEVER, Entry, Lease
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend, _Aborted
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.tiered_store import TieredStore
@@ -1121,6 +1121,27 @@ def test_processes_that_share_a_redis(redis_server):
         assert backends[turn % 2].get("k") == "again"
         assert backends[1 - turn % 2].delete("k") is True
     for closed in (*stores, *redis):
+        closed.close()
+
+
+def test_a_key_that_changes_while_it_is_counted(redis_server):
+    """A value that is deleted between the lease and the sum is not added to, and nothing is held."""
+    redis = GuardedRedis(redis_server.url, budget_s=5.0)
+    store = TieredStore(redis, max_bytes=0)
+    backend = StoreBackend(store, Codec())
+    backend.set("n", 10)
+    lease, deletions = store.lease, iter([True])
+
+    def overtaken(key, known, *, anyway=False):
+        got = lease(key, known, anyway=anyway)
+        if isinstance(got, Lease) and next(deletions, False):
+            store.delete(key)
+        return got
+
+    store.lease = overtaken
+    assert backend.inc("n") == 1
+    assert isinstance(lease("n", store.read("n")), Lease)
+    for closed in (store, redis):
         closed.close()
 
 

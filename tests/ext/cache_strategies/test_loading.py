@@ -1334,10 +1334,14 @@ def test_a_fork_has_no_loads_of_its_parent():
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        os.write(writer, rig.get("child").value.encode())
-        os._exit(0)
+        try:
+            os.write(writer, rig.get("child").value.encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
     os.waitpid(pid, 0)
     assert os.read(reader, 100) == b"child"
+    os.close(reader)
     go.set()
     thread.join(10)
 
