@@ -7,7 +7,7 @@ import pytest
 from flask_muset.clock import SYSTEM
 from flask_muset.testing import virtual_clock
 
-BEES = "A bee colony has one queen. She lays up to 2,000 eggs a day in summer. Drones have no sting."
+BEES = "A bee colony has one queen. She lays 2,000 eggs a day in summer. Drones do not sting."
 ANTS = "An ant colony may have many queens. The queen of the black garden ant lives up to 28 years."
 EGGS = {"question": "How many eggs does the queen lay a day in summer?"}
 

@@ -116,8 +116,6 @@ class Cache:
 
     def _value(self, entry: Entry) -> tuple[Any, str]:
         """What an entry holds; ABSENT if that says that there is nothing, or cannot be read."""
-        if entry.shared is not ABSENT:
-            return entry.shared, "hit"
         try:
             value = self._decode(entry.payload)
         except Unreadable:

@@ -18,8 +18,7 @@ import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from hashlib import shake_128
-from typing import Any
-from unittest import SkipTest
+from typing import Any, TypeVar
 
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease
 from flask_muset.cache_strategies.patterns import literal
@@ -44,6 +43,21 @@ _ODD_TEXTS = [
 ]  # fmt: skip
 
 
+_Test = TypeVar("_Test", bound=Callable[..., None])
+#: By the name of a test, the attribute that says whether the store can do what is tested.
+_abilities: dict[str, str] = {}
+
+
+def _needs(ability: str) -> Callable[[_Test], _Test]:
+    """A test of what not every store can do."""
+
+    def mark(test: _Test) -> _Test:
+        _abilities[test.__name__] = ability
+        return test
+
+    return mark
+
+
 class CacheStoreSuite:
     """Tests of the `Store` protocol; a subclass has a pytest fixture `store` that gives a new one.
 
@@ -63,6 +77,13 @@ class CacheStoreSuite:
     has_tags: bool = True
     lease_s: float | None = None
     capacity_bytes: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        """Leave out the tests of what the store does not claim to do."""
+        super().__init_subclass__()
+        for name, ability in _abilities.items():
+            if not getattr(cls, ability):
+                setattr(cls, name, None)
 
     def advance(self, seconds: float) -> None:
         """Let time pass for the store."""
@@ -273,10 +294,10 @@ class CacheStoreSuite:
         _leased(store, "key")
         assert isinstance(store.lease("key", None, anyway=True), Busy)
 
+    @_needs("lease_s")
     def test_a_lease_ends_by_itself(self, store: Store) -> None:
         """Where the holder is gone somebody else loads, and the holder comes too late."""
-        if self.lease_s is None:
-            raise SkipTest("leases of this store do not end while its process lives")
+        assert self.lease_s is not None
         lease = _leased(store, "key")
         self.advance(self.lease_s * 1.5)
         next_lease = _leased(store, "key")
@@ -366,13 +387,9 @@ class CacheStoreSuite:
 
     # --- Patterns
 
-    def _needs_patterns(self) -> None:
-        if not self.matches_patterns:
-            raise SkipTest("this store cannot forget what matches a pattern")
-
+    @_needs("matches_patterns")
     def test_forgetting_counts_exactly(self, store: Store) -> None:
         """All that match are gone, and their number is right; the others stay."""
-        self._needs_patterns()
         store.write_many({f"user:{number}": _entry(b"u") for number in range(2500)})
         others = ["user", "users:1", "xuser:1", "User:1", "user;1"]
         store.write_many({key: _entry(b"o") for key in others})
@@ -382,9 +399,9 @@ class CacheStoreSuite:
         assert store.forget("user:*") == 0
         assert store.forget("*") == len(others)
 
+    @_needs("matches_patterns")
     def test_forgetting_counts_what_there_is(self, store: Store) -> None:
         """Neither what is gone nor what is only being loaded or backed off from is counted."""
-        self._needs_patterns()
         store.write("user:there", _entry(b"there"))
         store.write("user:gone", _entry(b"gone", lasts_s=_SHORT_S))
         store.write("user:deleted", _entry(b"deleted"))
@@ -394,9 +411,9 @@ class CacheStoreSuite:
         self.advance(_AFTER_SHORT_S)
         assert store.forget("user:*") == 1
 
+    @_needs("matches_patterns")
     def test_patterns_are_literal_but_for_the_asterisk(self, store: Store) -> None:
         """Characters that other languages of patterns know stand for themselves."""
-        self._needs_patterns()
         for text in _ODD_TEXTS:
             store.write_many({key: _entry(b"") for key in (text, f"<{text}>", "a", "ab", "aXb")})
             assert store.forget(f"<{literal(text)}>") == 1
@@ -406,18 +423,18 @@ class CacheStoreSuite:
             assert store.forget(f"{literal(text)}1") == 1
             assert store.forget("*") == len({"a", "ab", "aXb"} - {text})
 
+    @_needs("matches_patterns")
     def test_an_asterisk_is_any_text(self, store: Store) -> None:
         """It stands for nothing, for newlines, and at any place; escaped it is an asterisk."""
-        self._needs_patterns()
         keys = ["a:", "a:b", "a:\n", "a:*", "b:a:c", "a"]
         for pattern, count in {"a:*": 4, "*:*": 5, "*a": 1, "*a*": 6, "a:\\*": 1, "a": 1}.items():
             store.write_many({key: _entry(b"") for key in keys})
             assert store.forget(pattern) == count
             assert len(store.read_many(keys)) == len(keys) - count
 
+    @_needs("matches_patterns")
     def test_forgetting_ends_loads(self, store: Store) -> None:
         """What was read before is not put in after, whether there was an entry or not."""
-        self._needs_patterns()
         store.write("user:1", _entry(b"old"))
         leases = [
             _leased(store, key, known=store.read(key)) for key in ("user:1", "user:2", "other")
@@ -427,9 +444,9 @@ class CacheStoreSuite:
         assert _payloads(store, ["user:1", "user:2", "other"]) == {"other": b"old"}
         assert isinstance(store.lease("user:1", None), Lease)
 
+    @_needs("matches_patterns")
     def test_forgetting_does_not_let_loads_into_a_write(self, store: Store) -> None:
         """While the source is written no load is put in, also if its key is forgotten meanwhile."""
-        self._needs_patterns()
         write = store.begin_write("user:1")
         store.forget("user:*")
         got = store.lease("user:1", None)
@@ -441,13 +458,9 @@ class CacheStoreSuite:
 
     # --- Tags
 
-    def _needs_tags(self) -> None:
-        if not self.has_tags:
-            raise SkipTest("this store has no tags")
-
+    @_needs("has_tags")
     def test_a_tag_makes_its_entries_invalid(self, store: Store) -> None:
         """All that bear it are gone, whatever else they bear; the others stay."""
-        self._needs_tags()
         store.write("one", _entry(b"1", tags=("a",)))
         store.write("two", _entry(b"2", tags=("b", "a")))
         store.write("three", _entry(b"3", tags=("b", "aa", "A")))
@@ -458,9 +471,9 @@ class CacheStoreSuite:
         assert [store.read(key) is None for key in keys] == [True, True, False, False]
         assert isinstance(store.lease("one", None), Lease)
 
+    @_needs("has_tags")
     def test_a_tag_makes_its_entries_stale(self, store: Store) -> None:
         """They are there, but not fresh; the others are as they were."""
-        self._needs_tags()
         store.write("one", _entry(b"1", tags=("a",)))
         store.write("other", _entry(b"2", tags=("b",)))
         assert store.invalidate_tag("a", keep_stale=True) is True
@@ -473,18 +486,18 @@ class CacheStoreSuite:
         assert store.settle(lease, _entry(b"new", tags=("a",))) is True
         assert _found(store, "one").fresh_until > SYSTEM.now()
 
+    @_needs("has_tags")
     def test_what_is_gone_does_not_become_stale(self, store: Store) -> None:
         """The stronger of two invalidations counts, in either order."""
-        self._needs_tags()
         for first in (True, False):
             store.write("key", _entry(b"1", tags=("a", "b")))
             store.invalidate_tag("a", keep_stale=first)
             store.invalidate_tag("b", keep_stale=not first)
             assert store.read("key") is None
 
+    @_needs("has_tags")
     def test_what_comes_after_is_valid(self, store: Store) -> None:
         """Writes and loads that begin after an invalidation are served, in the same moment too."""
-        self._needs_tags()
         for keep_stale in (True, False):
             store.invalidate_tag("a", keep_stale=keep_stale)
             lease = _leased(store, "loaded", known=store.read("loaded"))
@@ -495,18 +508,18 @@ class CacheStoreSuite:
             for key in ("loaded", "written", "source"):
                 assert _found(store, key).fresh_until > SYSTEM.now()
 
+    @_needs("has_tags")
     def test_an_old_entry_that_is_written_is_new(self, store: Store) -> None:
         """It is the store that says since when an entry holds, not who has read it before."""
-        self._needs_tags()
         store.write("key", _entry(b"value", tags=("a",)))
         old = _found(store, "key")
         store.invalidate_tag("a", keep_stale=False)
         store.write("key", old)
         assert _payload(store, "key") == b"value"
 
+    @_needs("has_tags")
     def test_loads_from_before_an_invalidation(self, store: Store) -> None:
         """What was read before it is invalid when it comes: gone, or stale."""
-        self._needs_tags()
         for tag in ("a", ""):
             gone, stale = _leased(store, "gone"), _leased(store, "stale")
             store.invalidate_tag(tag, keep_stale=True)
@@ -516,9 +529,9 @@ class CacheStoreSuite:
             store.settle(gone, _entry(b"old", tags=("a",)))
             assert store.read_many(["gone", "stale"]) == {}
 
+    @_needs("has_tags")
     def test_no_tag_is_all_entries(self, store: Store) -> None:
         """The empty tag makes all entries stale, or gone, those without tags too."""
-        self._needs_tags()
         store.write_many({"one": _entry(b"1", tags=("a",)), "none": _entry(b"0")})
         assert store.invalidate_tag("", keep_stale=True) is True
         found = store.read_many(["one", "none"])
@@ -529,9 +542,9 @@ class CacheStoreSuite:
         store.write("none", _entry(b"new"))
         assert _payload(store, "none") == b"new"
 
+    @_needs("has_tags")
     def test_tags_of_any_text(self, store: Store) -> None:
         """Tags are told apart whatever is in them."""
-        self._needs_tags()
         store.write_many({tag: _entry(b"", tags=(tag,)) for tag in _ODD_TEXTS})
         for number, tag in enumerate(_ODD_TEXTS, 1):
             store.invalidate_tag(tag, keep_stale=False)
@@ -560,10 +573,10 @@ class CacheStoreSuite:
         store.write("key", _entry(b"new"))
         assert _payload(store, "key") == b"new"
 
+    @_needs("capacity_bytes")
     def test_a_full_store_forgets(self, store: Store) -> None:
         """It keeps no more than it may, goes on taking entries, and has some of them."""
-        if self.capacity_bytes is None:
-            raise SkipTest("this store knows no bound")
+        assert self.capacity_bytes is not None
         payload = bytes(max(1, self.capacity_bytes // 16))
         for number in range(40):
             assert store.write(str(number), _entry(payload)) is True

@@ -42,6 +42,8 @@ class _State:
     store: Store
     codec: Codec
     redis: GuardedRedis | None
+    tell: Callable[[str, str, float | None], None]
+    detach: Callable[[str, str], None]
     flask_cache: flask_caching.Cache | None = None
 
 
@@ -111,7 +113,7 @@ class CacheStrategies(CacheManager):
         )
         if hasattr(store, "on_invalid"):
             store.on_invalid = cache.detach
-        state = _State(cache, store, codec, redis)
+        state = _State(cache, store, codec, redis, tell, cache.detach)
         context.attach(app, KEY, WHAT, state)
         state.flask_cache = self._given_cache or _flask_cache(app)
         self._apps.add(app)

@@ -36,7 +36,6 @@ class _Writes:
         for began_us, until in list(self.until.items()):
             if now >= until:
                 del self.until[began_us]
-                self.is_mixed = True
         return bool(self.until)
 
 

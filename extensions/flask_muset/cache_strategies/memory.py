@@ -28,7 +28,7 @@ __all__ = ["Memory"]
 _OVERHEAD_BYTES = 540
 #: The same for a tag that was made invalid.
 _TAG_BYTES = 330
-#: A decoded value takes 4 to 9 times its payload (measured with msgpack).
+#: A decoded value takes 1 to 12 times its payload, one of records 5 times (measured with msgpack).
 _DECODED = 8
 #: Parts of the whole: the small queue, the heaviest entry, and the table of tags at most.
 _SMALL, _HEAVIEST, _TAGS = 10, 4, 16

@@ -327,8 +327,19 @@ class TieredStore:
     ) -> Entry | Lease | Busy:
         """Ask for the right to load; while Redis is away everybody has it for his own process."""
         mark, token = self.memory.mark, secrets.token_bytes(8)
-        got = self._ask("lease", lambda entries: entries.lease(key, known, token, anyway=anyway))
+        got: Entry | Lease | Busy | None = None
+        try:
+            got = self._ask(
+                "lease", lambda entries: entries.lease(key, known, token, anyway=anyway)
+            )
+        finally:
+            if got is None and self._redis.state == "up":
+                # It may have been given all the same, and nobody would settle it.
+                _run_beside(partial(self._abandon, Lease(key, token, 0)))
         return Lease(key, b"", 0, mark) if got is None else self._leased(key, got, mark)
+
+    def _abandon(self, lease: Lease) -> None:
+        self._ask("settle", lambda entries: entries.settle(lease, None, 0.0))
 
     def _leased(self, key: str, got: Entry | Lease | Busy, mark: int) -> Entry | Lease | Busy:
         if isinstance(got, Entry):
@@ -359,13 +370,7 @@ class TieredStore:
             if self._is_renewing:
                 return
             self._is_renewing = True
-        run = partial(contextvars.Context().run, self._renew)
-        if is_patched():
-            import gevent
-
-            gevent.spawn(run)
-        else:
-            threading.Thread(target=run, name="cache-leases", daemon=True).start()
+        _run_beside(self._renew)
 
     def _renew(self) -> None:
         """Let the leases of loads that take long last, until there are none."""
@@ -536,6 +541,17 @@ class TieredStore:
         self.memory.trusted_until = 0.0
         self.memory.clear()
         self._entries = self._make_entries()
+
+
+def _run_beside(run: Callable[[], None]) -> None:
+    """Run in a context of its own: neither a deadline nor an app of the caller."""
+    target = partial(contextvars.Context().run, run)
+    if is_patched():
+        import gevent
+
+        gevent.spawn(target)
+    else:
+        threading.Thread(target=target, name="cache-leases", daemon=True).start()
 
 
 def _described(entry: Entry, now: float) -> dict[str, Any]:

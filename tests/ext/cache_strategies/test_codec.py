@@ -951,5 +951,5 @@ def test_long_names_from_a_store_are_cut_in_messages():
 
 def test_a_value_that_is_too_large_is_refused():
     """What would not fit into an entry is refused at once, with its size and the cure."""
-    with pytest.raises(UnsupportedType, match="67108871 bytes.*in parts"):
+    with pytest.raises(UnsupportedType, match=r"67108871 bytes.*in parts"):
         Codec().encode(bytes((64 << 20) + 2))

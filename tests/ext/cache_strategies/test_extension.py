@@ -123,9 +123,10 @@ def test_a_wrong_setting_stops_the_start(key, value, text):
 def test_without_an_app_there_is_a_cure():
     """Outside of any app the error says what to do."""
     make_app()
-    with pytest.raises(RuntimeError, match="CacheStrategies is not set up on app"), make_app(
-        "other"
-    ).app_context():
+    with (
+        pytest.raises(RuntimeError, match="CacheStrategies is not set up on app"),
+        make_app("other").app_context(),
+    ):
         cache_manager.get("k")
 
 
@@ -593,3 +594,11 @@ def test_a_hard_timeout_cuts_a_coroutine_off(cache):
     asyncio.run(main())
     assert time.monotonic() - began < 5
     assert ended == ["cancelled"]
+
+
+def test_a_shared_value_is_not_given_to_others(cache):
+    """Who did not promise to leave a value as it is gets a copy of his own."""
+    cache.cache_aside("k", lambda: {"n": 1}, 60, immutable=True)
+    shared = cache.cache_aside("k", lambda: {"n": 2}, 60, immutable=True)
+    cache.get("k")["n"] = 5
+    assert shared == {"n": 1}

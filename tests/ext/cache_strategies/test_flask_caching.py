@@ -1125,7 +1125,7 @@ def test_processes_that_share_a_redis(redis_server):
 
 
 def test_a_key_that_changes_while_it_is_counted(redis_server):
-    """A value that is deleted between the lease and the sum is not added to, and nothing is held."""
+    """What is deleted between the lease and the sum is not added to, and nothing stays held."""
     redis = GuardedRedis(redis_server.url, budget_s=5.0)
     store = TieredStore(redis, max_bytes=0)
     backend = StoreBackend(store, Codec())

@@ -239,6 +239,20 @@ def test_a_write_beside_one_that_is_gone_leaves_nothing(store, clock):
     assert store.read("key").payload == b"alone"
 
 
+def test_a_lost_write_that_ends_beside_another_leaves_nothing(store, clock):
+    """Neither of the two knows whether it was the last, though they did not begin beside it."""
+    lost = store.begin_write("key")
+    clock.advance(10)
+    store.settle(leased(store, "key"), None)
+    write = store.begin_write("key")
+    store.end_write(lost, entry(b"lost"))
+    assert store.read("key") is None
+    assert store.lease("key", None).is_write
+    store.end_write(write, entry(b"beside"))
+    assert store.read("key") is None
+    assert_nothing_left(store)
+
+
 def test_a_slow_write_is_put_in_if_nothing_else_has_happened(store, clock):
     """As with loads: slow is not dead."""
     write = store.begin_write("key")

@@ -354,8 +354,8 @@ cache_operated.connect(listen)
 
 
 @pytest.mark.claim(
-    'delete_pattern("user:*") on 100,000 keys of which 1,000 match returns 1000 exactly, and blocks '
-    "the server for at most 5 ms at a time"
+    'delete_pattern("user:*") on 100,000 keys of which 1,000 match returns 1000 exactly, and '
+    "blocks the server for at most 5 ms at a time"
 )
 def test_a_pattern_deletes_exactly_what_matches(workers, redis_server, prove):  # noqa: F811
     """The count is exact, the others stay, and nobody else has to wait."""
@@ -492,7 +492,7 @@ result = [loads, len(done), max(done), bad]
 
 
 def test_a_forked_child_begins_anew(redis_server):  # noqa: F811
-    """A cache that was used before a fork works in parent and child, each with a link of its own."""
+    """A cache that was used before a fork works in parent and child, each with its own link."""
     code = f"""
 import json, os, sys, time
 from flask import Flask
@@ -529,3 +529,26 @@ print(json.dumps(cache.get("k")))
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == "new"
+
+
+def test_a_lease_whose_asker_is_cut_off_is_given_back(workers):
+    """Who is killed while he asks for a lease keeps nobody waiting."""
+    a, b = workers(2)
+    for worker in (a, b):
+        worker.run(LOADS)
+    a.run("""
+asked = state.store._entries.lease
+def slow(*words, **options):
+    got = asked(*words, **options)
+    gevent.sleep(0.2)
+    return got
+state.store._entries.lease = slow
+job = gevent.spawn(load, 'k', 'never', 60)
+gevent.sleep(0.1)
+job.kill()
+gevent.sleep(0.05)
+state.store._entries.lease = asked
+""")
+    began = time.monotonic()
+    assert b.run("result = load('k', 'loaded')") == "loaded"
+    assert time.monotonic() - began < 1
