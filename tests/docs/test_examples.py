@@ -1,6 +1,7 @@
 """The apps in examples/ do what they say."""
 
 import runpy
+import time
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -29,3 +30,26 @@ def test_resilience():
         client.get("/items/kettle")
         assert prices.breaker.state == "open"
         assert client.get("/items/kettle").json == {"item": "kettle", "price": None}
+
+
+def test_cache():
+    """A price is read once, new after a change, and old for a moment after a sale."""
+    module = runpy.run_path(str(EXAMPLES / "cache" / "app.py"))
+    client, queries = module["app"].test_client(), module["queries"]
+
+    def get(item):
+        answer = client.get(f"/items/{item}")
+        return answer.json.get("price"), answer.headers.get("X-Cache")
+
+    assert [get("kettle"), get("kettle")] == [(20, "MISS"), (20, "HIT")]
+    assert [client.get("/items/pot").status_code for _ in range(2)] == [404, 404]
+    assert queries == ["kettle", "pot"]
+    assert client.put("/items/kettle", json=25).json == {"item": "kettle", "price": 25}
+    assert get("kettle") == (25, "MISS")
+    assert get("cup") == (4, "MISS")
+    assert client.post("/sale").json == {"done": True}
+    assert get("cup") == (4, "STALE")
+    until = time.monotonic() + 5
+    while get("cup")[0] != 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert get("cup") == (2, "HIT")

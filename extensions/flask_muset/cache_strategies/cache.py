@@ -257,4 +257,6 @@ class Cache:
 
     def explain(self, key: str) -> dict[str, Any]:
         """What there is about a key."""
-        return {"key": key, **self.store.explain(check_key(key))}
+        told = self.store.explain(check_key(key))
+        # JSON has no infinity.
+        return {"key": key, **{k: None if v == NEVER else v for k, v in told.items()}}
