@@ -1,5 +1,6 @@
 """The application factory."""
 
+import logging as stdlib_logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from muset.services.keys import KeyService
 from muset.settings import Settings, load_settings
 
 __all__ = ["Services", "create_app", "make_services"]
+
+_log = stdlib_logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,11 @@ def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
     """One client for all that use Redis, where it is set: the service works without it."""
     if settings.redis_url is None:
         return None
-    client = GuardedRedis(settings.redis_url, max_connections=settings.redis_max_connections)
+    client = GuardedRedis(
+        settings.redis_url,
+        max_connections=settings.redis_max_connections,
+        prefix=f"muset:{settings.deployment}:",
+    )
     _within(app, instrument_redis, client)
     return client
 
@@ -140,6 +147,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     ErrorHandler(app)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     redis = _redis(app, settings)
+    if redis is None and settings.web_concurrency > 1:
+        app.config["CACHE_STRATEGIES_ENABLED"] = False
+        _log.warning(
+            "nothing is cached, because %d worker processes without REDIS_URL could not tell each "
+            "other of changes; set REDIS_URL, or WEB_CONCURRENCY=1",
+            settings.web_concurrency,
+        )
     cache = CacheStrategies(app, redis=redis)
     for kept in (Answer, Document):
         cache.register(kept)

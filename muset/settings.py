@@ -1,6 +1,7 @@
 """The settings of the service: the environment, typed and checked. Its only reader."""
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -84,6 +85,12 @@ def _choice(*allowed: str, upper: bool = False) -> Callable[[str], str]:
 def _text(text: str) -> str:
     if not text.isprintable():
         raise ValueError("printable text")
+    return text
+
+
+def _deployment(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise ValueError("1 to 64 letters, digits, dots, underscores or hyphens")
     return text
 
 
@@ -197,6 +204,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MUSET_HOST", "127.0.0.1", _text, "Address that the service listens on."),
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
     Setting("WEB_CONCURRENCY", 1, _integer(1, 1024), "Worker processes."),
+    Setting(
+        "MUSET_DEPLOYMENT",
+        "default",
+        _deployment,
+        "Name of this deployment: two that share a Redis need two names.",
+    ),
     Setting("MUSET_DATA_DIR", "data", _text, "Folder of everything that is kept."),
     Setting(
         "DATABASE_URL",
@@ -242,6 +255,11 @@ class Settings:
     def port(self) -> int:
         """Port that the service listens on."""
         return int(self.values["PORT"])
+
+    @property
+    def deployment(self) -> str:
+        """Name under which the keys in Redis stand."""
+        return str(self.values["MUSET_DEPLOYMENT"])
 
     @property
     def web_concurrency(self) -> int:

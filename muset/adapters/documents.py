@@ -5,7 +5,18 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    Integer,
+    Select,
+    column,
+    delete,
+    func,
+    insert,
+    select,
+    table,
+    update,
+)
 
 from muset.adapters.sqlite import Database
 from muset.adapters.sqlite_search import index_passages, search_passages
@@ -87,15 +98,16 @@ class SqliteDocumentStore:
         return self._database.write(lambda c: c.execute(change).rowcount == 1)
 
     def version(self) -> str:
-        """The greatest id and the number of documents.
+        """The last id that was given and the number of documents.
 
-        Ids are not used again and documents do not change, so the same two numbers mean the same
-        documents: between them none has come, as that would have raised the greatest id, unless it
-        has gone again; and none has gone, as that would have lowered the number.
+        Each document that comes raises the one for ever, and each that goes lowers the other.
         """
-        query = select(func.coalesce(func.max(Table.id), 0), func.count(Table.id))
-        greatest, count = self._database.read(lambda c: c.execute(query).one())
-        return f"{greatest}.{count}"
+        sequence: Select[tuple[int]] = select(column("seq", Integer))
+        sequence = sequence.select_from(table("sqlite_sequence"))
+        last = sequence.where(column("name") == Table.__tablename__).scalar_subquery()
+        query = select(func.coalesce(last, 0), func.count(Table.id))
+        last_id, count = self._database.read(lambda c: c.execute(query).one())
+        return f"{last_id}.{count}"
 
     def existing(self, document_ids: Sequence[int]) -> frozenset[int]:
         """Those of the ids that exist."""

@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from flask_muset import context
-from flask_muset.cache_strategies.codec import UnsupportedType
+from flask_muset.cache_strategies.codec import Unreadable, UnsupportedType
 from flask_muset.cache_strategies.entry import ABSENT, Entry
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import (
@@ -264,9 +264,16 @@ def describe(error: NotFoundError) -> dict[str, Any]:
 
 
 def not_found(described: Mapping[str, Any]) -> NotFoundError:
-    """The error again."""
-    options = dict(described)
-    status = options.pop("status")
-    error = NotFoundError(**options)
+    """The error again, as NotFoundError whatever its subclass was.
+
+    Raises:
+        Unreadable: It is none.
+    """
+    try:
+        options = dict(described)
+        status = options.pop("status")
+        error = NotFoundError(**options)
+    except (KeyError, TypeError, ValueError) as failure:
+        raise Unreadable("no description of a NotFoundError") from failure
     error.status = status
     return error

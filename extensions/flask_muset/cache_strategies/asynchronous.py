@@ -5,24 +5,30 @@ is awaited on the loop. A value that the memory has costs no thread.
 """
 
 import asyncio
+import concurrent.futures
+import contextlib
 import contextvars
 import inspect
 import threading
 import weakref
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial, wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 from flask_muset.cache_strategies.cache import Cache, check_tags
 from flask_muset.cache_strategies.entry import ABSENT
 from flask_muset.cache_strategies.flights import is_nested
 from flask_muset.cache_strategies.keys import KeyMaker, check_key
 from flask_muset.cache_strategies.loading import LoadOptions
-from flask_muset.cache_strategies.manager import current
+from flask_muset.cache_strategies.manager import check_options, current
 from flask_muset.deadline import deadline
+from flask_muset.errors import OperationTimeoutError
 from flask_muset.locks import refuse_asyncio_under_gevent
 
 __all__ = ["AsyncCacheManager", "AsyncCacheStrategy", "cache_manager", "cached"]
+
+#: Seconds between two looks at whether the loop still runs.
+_STEP_S = 1.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,18 +40,18 @@ class AsyncCacheManager:
     async def get(self, key: str, default: Any = None) -> Any:
         """The value of a key, `default` if there is none that is fresh."""
         cache = _current()
-        value = cache.peek(key)
-        return await _beside(cache.get, key, default) if value is ABSENT else value
+        value = cache.get_near(key)
+        return await _soon(cache.get, key, default) if value is ABSENT else value
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that have one."""
-        return await _beside(_current().get_many, list(keys))  # type: ignore[no-any-return]
+        return await _soon(_current().get_many, list(keys))  # type: ignore[no-any-return]
 
     async def set(
         self, key: str, value: Any, expire: float | None = None, *, tags: Iterable[str] = ()
     ) -> bool:
         """Keep a value; whether Redis has it."""
-        return await _beside(_current().set, key, value, expire, tags=tags)  # type: ignore[no-any-return]
+        return await _soon(_current().set, key, value, expire, tags=tags)  # type: ignore[no-any-return]
 
     async def set_many(
         self,
@@ -55,11 +61,11 @@ class AsyncCacheManager:
         tags: Iterable[str] = (),
     ) -> bool:
         """Keep several values; whether Redis has them."""
-        return await _beside(_current().set_many, values, expire, tags=tags)  # type: ignore[no-any-return]
+        return await _soon(_current().set_many, values, expire, tags=tags)  # type: ignore[no-any-return]
 
     async def delete(self, key: str) -> bool:
         """Forget a key; whether it is done."""
-        return await _beside(_current().delete, key)  # type: ignore[no-any-return]
+        return await _soon(_current().delete, key)  # type: ignore[no-any-return]
 
     async def delete_pattern(self, pattern: str) -> int:
         """Forget the keys that match; exactly how many there were.
@@ -67,29 +73,55 @@ class AsyncCacheManager:
         Raises:
             CacheUnavailable: Redis is away.
         """
-        return await _beside(_current().delete_pattern, pattern)  # type: ignore[no-any-return]
+        return await _soon(_current().delete_pattern, pattern)  # type: ignore[no-any-return]
 
     async def delete_tag(self, tag: str) -> bool:
         """Forget all entries of a tag; whether it is done."""
-        return await _beside(_current().invalidate_tag, tag, keep_stale=False)  # type: ignore[no-any-return]
+        return await _soon(_current().invalidate_tag, tag, keep_stale=False)  # type: ignore[no-any-return]
 
     async def expire_tag(self, tag: str) -> bool:
         """Make all entries of a tag stale; whether it is done."""
-        return await _beside(_current().invalidate_tag, tag, keep_stale=True)  # type: ignore[no-any-return]
+        return await _soon(_current().invalidate_tag, tag, keep_stale=True)  # type: ignore[no-any-return]
 
     async def explain(self, key: str) -> dict[str, Any]:
         """What there is about a key."""
-        return await _beside(_current().explain, key)  # type: ignore[no-any-return]
+        return await _soon(_current().explain, key)  # type: ignore[no-any-return]
 
+    def register(self, cls: type[R]) -> type[R]:
+        """Let values of a dataclass or an Enum be read that another process has kept."""
+        return _current().codec.register(cls)
+
+    @overload
     async def cache_aside(
         self,
         key: str,
-        fetch_func: Callable[[], Awaitable[R] | R],
+        fetch_func: Callable[[], Awaitable[R]],
         expire: float | None = None,
         *,
         tags: Iterable[str] = (),
         **options: Any,
-    ) -> R:
+    ) -> R: ...
+
+    @overload
+    async def cache_aside(
+        self,
+        key: str,
+        fetch_func: Callable[[], R],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        **options: Any,
+    ) -> R: ...
+
+    async def cache_aside(
+        self,
+        key: str,
+        fetch_func: Callable[[], Any],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+        **options: Any,
+    ) -> Any:
         """A value of the cache, or of one load for all who ask at the same time.
 
         Args:
@@ -101,7 +133,7 @@ class AsyncCacheManager:
         """
         cache = _current()
         chosen = LoadOptions(expire=cache.lifetime_s(expire), tags=check_tags(tags), **options)
-        return await _load(cache, check_key(key), fetch_func, chosen)  # type: ignore[no-any-return]
+        return await _load(cache, check_key(key), fetch_func, chosen)
 
     async def write_through(
         self,
@@ -109,10 +141,12 @@ class AsyncCacheManager:
         value: R,
         write_func: Callable[[R], Awaitable[Any] | Any],
         expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
     ) -> bool:
         """Write a value to its source, then to the cache; whether the cache agrees already."""
         write = _on_loop(write_func)
-        return await _beside(_current().write_through, key, value, write, expire)  # type: ignore[no-any-return]
+        return await _beside(_current().write_through, key, value, write, expire, tags)  # type: ignore[no-any-return]
 
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any
@@ -123,7 +157,7 @@ class AsyncCacheManager:
         `invalidate` is awaited.
         """
         options["tags"] = check_tags(options.get("tags", ()))
-        LoadOptions(expire=1.0, **options)
+        check_options(expire, options)
 
         def decorate(fn: Callable[P, Awaitable[R]]) -> Callable[P, Awaitable[R]]:
             if not inspect.iscoroutinefunction(fn):
@@ -170,46 +204,65 @@ def _current() -> Cache:
 # --- Between the loop and its threads -------------------------------------------------------------
 
 
-async def _load(
-    cache: Cache, key: str, fetch: Callable[[], Awaitable[Any] | Any], options: LoadOptions
-) -> Any:
-    loop = asyncio.get_running_loop()
-    first = _first.get((loop, cache, key))
-    if first is not None and not is_nested():
-        # One thread for all who ask at the same time; it may fail, or keep nothing.
-        await asyncio.wait([first])
-    load = partial(cache.load, key, _on_loop(fetch), options)
-    if cache.peek(key) is not ABSENT:
-        return load()
-    future = asyncio.ensure_future(_beside(load))
-    if first is None:
-        _first[loop, cache, key] = future
-        future.add_done_callback(lambda _: _first.pop((loop, cache, key), None))
-    return await future
+class _CutOffError(BaseException):
+    """What was awaited was cancelled: nobody's failure, so who waits for it loads instead."""
 
 
+#: The loop that waits for what runs in this context; absent for a refresh that nobody waits for.
+_loop_of: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar(
+    "flask_muset.cache_loop", default=None
+)
 #: Who began to load a key that others wait for now.
 _first: dict[tuple[asyncio.AbstractEventLoop, Cache, str], "asyncio.Future[Any]"] = {}
 
 
-async def _beside(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+async def _load(
+    cache: Cache, key: str, fetch: Callable[[], Awaitable[Any] | Any], options: LoadOptions
+) -> Any:
+    where = asyncio.get_running_loop(), cache, key
+    while True:
+        value = cache.load_near(key)
+        if value is not ABSENT:
+            return value
+        first = _first.get(where)
+        if first is None or is_nested():
+            break
+        # One thread for all who ask at the same time.
+        await asyncio.wait([first])
+        if not first.cancelled() and (error := first.exception()) is not None:
+            raise error
+    future = asyncio.ensure_future(_beside(cache.load, key, _on_loop(fetch), options))
+    if first is None:
+        _first[where] = future
+        future.add_done_callback(lambda _: _first.pop(where, None))
+    return await future
+
+
+async def _soon(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call in one of asyncio's threads; what takes as long as Redis at most."""
+    return await asyncio.to_thread(fn, *args, **kwargs)
+
+
+async def _beside(fn: Callable[..., Any], *args: Any) -> Any:
     """Call in a thread of its own: loads wait for each other, so no pool may run out."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Any] = loop.create_future()
-    run = partial(contextvars.copy_context().run, fn, *args, **kwargs)
+    variables = contextvars.copy_context()
+    variables.run(_loop_of.set, loop)
 
-    def tell(settle: Callable[[Any], None], outcome: Any) -> None:
+    def tell(settle: Callable[..., Any], *outcome: Any) -> None:
         if not done.done():
-            settle(outcome)
+            settle(*outcome)
 
     def work() -> None:
         try:
-            result = run()
+            outcome = done.set_result, variables.run(fn, *args)
+        except _CutOffError:
+            outcome = (done.cancel,)  # type: ignore[assignment]
         except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
-            outcome: tuple[Any, Any] = done.set_exception, error
-        else:
-            outcome = done.set_result, result
-        if not loop.is_closed():
+            outcome = done.set_exception, error
+        # A loop that has ended waits for nothing.
+        with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(tell, *outcome)
 
     threading.Thread(target=work, name="cache", daemon=True).start()
@@ -225,21 +278,51 @@ def _on_loop(fn: Callable[..., Any]) -> Callable[..., Any]:
         return await made if inspect.isawaitable(made) else made
 
     def call_there(*args: Any) -> Any:
-        made = call(*args)
         try:
-            future = asyncio.run_coroutine_threadsafe(made, loop)
-        except RuntimeError:
-            made.close()  # the loop has ended
-            raise
-        try:
-            return future.result(deadline.remaining())
-        except TimeoutError:
-            if not future.done():
-                future.cancel()
-                deadline.check()
-            raise
+            return _awaited(call, args, loop)
+        except _CutOffError:
+            if _loop_of.get() is not None:
+                raise
+            # A refresh that nobody waits for outlives the loop of whoever has begun it.
+            return asyncio.run(call(*args))
 
     return call_there
+
+
+def _awaited(
+    call: Callable[..., Coroutine[Any, Any, Any]],
+    args: tuple[Any, ...],
+    loop: asyncio.AbstractEventLoop,
+) -> Any:
+    """The result of a coroutine on another thread's loop."""
+    made = call(*args)
+    try:
+        future = asyncio.run_coroutine_threadsafe(made, loop)
+    except RuntimeError:
+        made.close()
+        raise _CutOffError from None
+    while True:
+        left_s = deadline.remaining()
+        try:
+            return future.result(_STEP_S if left_s is None else min(left_s, _STEP_S))
+        except concurrent.futures.CancelledError:
+            raise _CutOffError from None
+        except TimeoutError:
+            if future.done():
+                raise  # the coroutine's own
+            _check_time(future, loop)
+
+
+def _check_time(future: "concurrent.futures.Future[Any]", loop: asyncio.AbstractEventLoop) -> None:
+    """Give up where the loop has ended or the time is up."""
+    if not loop.is_running():
+        future.cancel()
+        raise _CutOffError
+    try:
+        deadline.check()
+    except OperationTimeoutError:
+        future.cancel()
+        raise
 
 
 #: The cache of the current app; outside of any, of the only app that has one.

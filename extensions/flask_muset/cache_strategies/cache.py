@@ -1,7 +1,7 @@
 """The cache of one app: values by key, in a store, through a codec."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from flask_muset.cache_strategies.codec import Codec, Unreadable
@@ -34,6 +34,16 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
 
 def _nothing(_key: str) -> None:
     return None
+
+
+def _refuse_awaitable(result: Any) -> None:
+    if isinstance(result, Awaitable):
+        if isinstance(result, Coroutine):
+            result.close()
+        raise TypeError(
+            "write_func has to be awaited, so nothing was written; use the awaited forms of "
+            "flask_muset.aio, or a plain function."
+        )
 
 
 _BYPASSED = Answer(None, Outcome.BYPASS, 0.0)
@@ -94,15 +104,33 @@ class Cache:
             self._tell("get", status, SYSTEM.now() - began)
         return default if value is ABSENT else value
 
-    def peek(self, key: str) -> Any:
-        """The value that the memory of this process has, fresh; ABSENT if it would have to wait."""
-        entry = self._peek(key)
-        if entry is None or SYSTEM.now() >= entry.fresh_until:
+    def get_near(self, key: str) -> Any:
+        """The value that the memory of this process has; ABSENT if somebody would have to wait."""
+        answer = self._near(key)
+        return ABSENT if answer is None else answer.value
+
+    def load_near(self, key: str) -> Any:
+        """The same for a load, of which the response tells."""
+        answer = self._near(key)
+        if answer is None:
             return ABSENT
-        return self._value(entry)[0]
+        self._note(answer)
+        return answer.value
+
+    def _near(self, key: str) -> Answer | None:
+        began, entry = SYSTEM.now(), self._peek(key)
+        if entry is None or entry.is_negative or began >= entry.fresh_until:
+            return None
+        value, status = self._value(entry)
+        if value is ABSENT:
+            return None
+        self._tell("get", status, SYSTEM.now() - began)
+        return Answer(value, Outcome.HIT, began - entry.created_at)
 
     def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that have one."""
+        if isinstance(keys, str):
+            raise TypeError(f"keys must be several, got the str {keys!r}; write [{keys!r}].")
         began, found, wanted = SYSTEM.now(), {}, [check_key(key) for key in keys]
         for key, entry in self.store.read_many(wanted).items():
             if began < entry.fresh_until:
@@ -165,7 +193,8 @@ class Cache:
             is_done = self.store.invalidate_tag(check_key(tag), keep_stale=keep_stale)
         finally:
             self.detach_all()
-        self._tell("delete_tag", "ok" if is_done else "queued", None)
+        operation = "expire_tag" if keep_stale else "delete_tag"
+        self._tell(operation, "ok" if is_done else "queued", None)
         return is_done
 
     def detach(self, what: str, name: str) -> None:
@@ -239,16 +268,18 @@ class Cache:
         value: Any,
         write_func: Callable[[Any], Any],
         expire: float | None,
+        tags: Iterable[str] = (),
     ) -> bool:
         """Write the source, then the cache."""
         # Before the source is written: what cannot be kept must not leave the two apart.
-        self._entry(value, expire, ())
+        tags = check_tags(tags)
+        self._entry(value, expire, tags)
         write, written = self.store.begin_write(check_key(key)), None
         try:
             self._loader.detach(key)
-            write_func(value)
+            _refuse_awaitable(write_func(value))
             # As it is now: it may have got its id from the source.
-            written = self._entry(value, expire, ())
+            written = self._entry(value, expire, tags)
         finally:
             is_done = self.store.end_write(write, written)
             self._loader.detach(key)

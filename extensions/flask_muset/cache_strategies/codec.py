@@ -20,7 +20,7 @@ import sys
 import types
 import typing
 import zoneinfo
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
 from decimal import Decimal
 from enum import Enum, Flag
 from typing import Any, Final, TypeVar
@@ -563,6 +563,8 @@ def _annotated(cls: type, fields: Collection[str]) -> tuple[list[type], bool]:
 def _refusal(cls: type) -> UnsupportedType:
     """What to say of a type that is not kept."""
     head = f"is of type {_full_name(cls)}, which a cache does not keep"
+    if issubclass(cls, Awaitable):
+        return UnsupportedType(f"{head}; await it: flask_muset.aio has the awaited forms")
     if issubclass(cls, bytearray | memoryview):
         return UnsupportedType(f"{head}; make bytes of it")
     if issubclass(cls, Response):

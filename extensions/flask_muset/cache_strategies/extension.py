@@ -15,7 +15,7 @@ from flask import Flask, Response, has_request_context, request
 from flask_muset import context
 from flask_muset.cache_strategies.cache import Cache
 from flask_muset.cache_strategies.codec import Codec
-from flask_muset.cache_strategies.config import PREFIX, Config, read_config
+from flask_muset.cache_strategies.config import KEYS, PREFIX, Config, read_config
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend
 from flask_muset.cache_strategies.loading import Answer, Outcome
 from flask_muset.cache_strategies.local_store import LocalStore
@@ -84,7 +84,8 @@ class CacheStrategies(CacheManager):
         self._given_redis = redis
         self._registered: list[type] = []
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
-        self._only: Cache | None = None
+        #: The cache of the only app, as long as there is that app.
+        self._only: Callable[[], Cache | None] = _no_cache
         if app is not None:
             self.init_app(app)
 
@@ -101,7 +102,7 @@ class CacheStrategies(CacheManager):
             codec.register(cls)
         tell = partial(_tell, app)
         redis = self._redis(config)
-        store = self._store(config, redis, tell)
+        store = self._store(app, config, redis, tell)
         cache = Cache(
             store,
             codec,
@@ -117,15 +118,22 @@ class CacheStrategies(CacheManager):
         context.attach(app, KEY, WHAT, state)
         state.flask_cache = self._given_cache or _flask_cache(app)
         self._apps.add(app)
-        self._only = cache if len(self._apps) == 1 else None
+        self._only = weakref.ref(cache) if len(self._apps) == 1 else _no_cache
         if config.response_headers:
             app.after_request(_describe)
 
     def _redis(self, config: Config) -> GuardedRedis | None:
         if self._given_cache is not None or not config.enabled:
             return None
-        if self._given_redis is not None or config.redis_url is None:
+        if self._given_redis is not None:
+            if config.namespace != KEYS["NAMESPACE"].default:
+                raise ValueError(
+                    f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its "
+                    "own prefix; leave the setting out, and make the client with that prefix."
+                )
             return self._given_redis
+        if config.redis_url is None:
+            return None
         try:
             return GuardedRedis(
                 config.redis_url,
@@ -139,6 +147,7 @@ class CacheStrategies(CacheManager):
 
     def _store(
         self,
+        app: Flask,
         config: Config,
         redis: GuardedRedis | None,
         tell: Callable[[str, str, float | None], None],
@@ -148,7 +157,13 @@ class CacheStrategies(CacheManager):
         if self._given_cache is not None:
             from flask_muset.cache_strategies.backend_store import BackendStore
 
-            return BackendStore(self._given_cache.cache, tell=tell)
+            backend = app.extensions.get("cache", {}).get(self._given_cache)
+            if backend is None:
+                raise RuntimeError(
+                    f"the given flask_caching.Cache is not set up on app {app.name!r}; call its "
+                    "init_app before that of CacheStrategies."
+                )
+            return BackendStore(backend, tell=tell)
         if redis is None:
             return LocalStore(config.l1_max_bytes)
         # Only here, because it needs redis-py.
@@ -160,7 +175,7 @@ class CacheStrategies(CacheManager):
 
     def _cache(self) -> Cache:
         """Of the current app; a single app's is used without a look."""
-        return self._only or super()._cache()
+        return self._only() or super()._cache()
 
     def register(self, cls: C) -> C:
         """Let values of a dataclass or an Enum be read; a declaration for all apps of this one."""
@@ -176,12 +191,17 @@ class CacheStrategies(CacheManager):
         return state.flask_cache
 
 
+def _no_cache() -> None:
+    return None
+
+
 def _flask_cache(app: Flask) -> flask_caching.Cache:
     """One more beside an app's own, which then keeps its template fragments."""
     has_own = bool(app.extensions.get("cache"))
     cache = flask_caching.Cache(with_jinja2_ext=not has_own)
     backend = f"{StoreBackend.__module__}.{StoreBackend.__qualname__}"
-    cache.init_app(app, config={**app.config, "CACHE_TYPE": backend})
+    # Options and arguments in the app's configuration are for a backend of its own.
+    cache.init_app(app, config={"CACHE_TYPE": backend, "CACHE_OPTIONS": {}, "CACHE_ARGS": []})
     return cache
 
 
@@ -210,12 +230,16 @@ def _note_nothing(_answer: Answer) -> None:
 
 
 def _describe(response: Response) -> Response:
-    """Say what the cache did, unless the view has said it; Age is RFC 9111's."""
+    """Say what the cache did, unless the view has said it.
+
+    Age is RFC 9111's. It takes from what a view's own Cache-Control allows: there it is left out.
+    """
     noted = request.environ.get(_NOTED)
     if noted is not None and "X-Cache" not in response.headers:
         outcome, age_s = noted
         response.headers["X-Cache"] = outcome.value
-        if outcome in (Outcome.HIT, Outcome.STALE):
+        is_kept = outcome in (Outcome.HIT, Outcome.STALE)
+        if is_kept and "Cache-Control" not in response.headers:
             response.headers["Age"] = str(math.floor(max(0.0, age_s)))
     return response
 

@@ -10,6 +10,7 @@ import contextvars
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -24,8 +25,6 @@ __all__ = ["Feed", "Listener"]
 
 _log = logging.getLogger(__name__)
 
-#: Seconds between two questions whether the link still holds, and for an answer.
-BEAT_S = 1.0
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 1.0
 #: Length of the sender's name before each message.
@@ -60,15 +59,24 @@ class Feed:
         channel: On which channel.
         sender: Whose messages are its own and not told.
         listener: Who is told.
+        beat_s: Seconds between two questions whether the link still holds, and for an answer.
     """
 
     def __init__(
-        self, redis: GuardedRedis, channel: str, sender: bytes, listener: Listener
+        self,
+        redis: GuardedRedis,
+        channel: str,
+        sender: bytes,
+        listener: Listener,
+        *,
+        beat_s: float = 1.0,
     ) -> None:
         self._redis = redis
         self._channel = channel
         self._sender = sender
-        self._listener = listener
+        #: Weak: an app that is gone needs no feed any more.
+        self._listener = weakref.ref(listener)
+        self._beat_s = beat_s
         self._is_closed = False
         self._was_away = False
         self._connection: Any = None
@@ -76,6 +84,7 @@ class Feed:
         self.is_linked = False
         # In a context of its own: neither a deadline nor an app of whoever was first.
         _run_beside(partial(contextvars.Context().run, self._run))
+        weakref.finalize(listener, self.close).atexit = False
 
     def close(self) -> None:
         """Listen no more."""
@@ -111,20 +120,25 @@ class Feed:
                 connection.disconnect()
 
     def _listen(self) -> None:
-        connection = self._connection = self._redis.dedicated(timeout_s=BEAT_S)
+        connection = self._connection = self._redis.dedicated(timeout_s=self._beat_s)
         connection.connect()
         asked_at = SYSTEM.now()
         connection.send_command("SUBSCRIBE", self._channel)
         connection.read_response(disconnect_on_error=False)
-        self._listener.linked(was_away=self._was_away)
+        self._tell(lambda listener: listener.linked(was_away=self._was_away))
         self.is_linked = True
-        self._listener.confirmed(asked_at)
+        self._tell(lambda listener: listener.confirmed(asked_at))
         while not self._is_closed:
             asked_at = SYSTEM.now()
             connection.send_command("PING")
             self._read_until_answered(connection)
-            self._listener.confirmed(asked_at)
-            self._read_for(connection, asked_at + BEAT_S)
+            self._tell(lambda listener: listener.confirmed(asked_at))  # noqa: B023 - called now
+            self._read_for(connection, asked_at + self._beat_s)
+
+    def _tell(self, tell: Callable[[Listener], None]) -> None:
+        listener = self._listener()
+        if listener is not None:
+            tell(listener)
 
     def _read_until_answered(self, connection: Any) -> None:
         while not self._take(connection.read_response(disconnect_on_error=False)):
@@ -144,7 +158,7 @@ class Feed:
             data: bytes = reply[2]
             if data[:SENDER_BYTES] != self._sender:
                 text = data[SENDER_BYTES:].decode("utf-8", "surrogateescape")
-                self._listener.heard(text[:1], text[1:])
+                self._tell(lambda listener: listener.heard(text[:1], text[1:]))
         return False
 
 

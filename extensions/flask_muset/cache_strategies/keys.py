@@ -226,6 +226,11 @@ def _name_of(fn: Callable[..., Any]) -> str:
             f"a {type(fn).__name__} without a name of its own has no default for its cache keys; "
             "give a key_prefix, or decorate a function that was defined by def."
         )
+    if getattr(fn, "__closure__", None):
+        raise TypeError(
+            f"{name} uses names of the function around it, so several functions may have this name "
+            "and different results; give each a key_prefix of its own."
+        )
     return f"{module}:{name}"
 
 
@@ -261,10 +266,16 @@ def _text_of_object(value: Any) -> str:
     if isinstance(value, Enum):
         # What is made of several flags may have no name.
         return f"{_type(kind)}({_text(value.value if isinstance(value, Flag) else value._name_)})"
-    if is_dataclass(value):
+    if is_dataclass(value) and _has_fields_only(value):
         items = [f"{_str(f.name)}={_text(getattr(value, f.name))}" for f in fields(value)]
         return f"{_type(kind)}({','.join(items)})"
     raise _NoTextError(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def _has_fields_only(value: Any) -> bool:
+    """Whether nothing beside its fields tells a dataclass instance from others."""
+    own = "__dataclass_fields__" in vars(type(value))
+    return own and {f.name for f in fields(value)}.issuperset(getattr(value, "__dict__", ()))
 
 
 _is_plain_type = re.compile(r"[A-Za-z0-9_.<>:]+").fullmatch

@@ -19,6 +19,7 @@ __all__ = [
     "CacheStrategy",
     "cache_manager",
     "cached",
+    "check_options",
     "current",
     "load_options",
 ]
@@ -204,6 +205,8 @@ class CacheManager:
         value: R,
         write_func: Callable[[R], Any],
         expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
     ) -> bool:
         """Write a value to its source, then to the cache.
 
@@ -215,6 +218,7 @@ class CacheManager:
             value: Is given to `write_func`, and kept as it is afterwards.
             write_func: Writes the source.
             expire: Seconds above 0; None for the app's default, `math.inf` for no end.
+            tags: By which it may be made invalid.
 
         Returns:
             True: the source has the value, and the cache agrees with it. False: the source has it,
@@ -224,7 +228,7 @@ class CacheManager:
             UnsupportedType: The value cannot be kept; nothing was written.
             Exception: What `write_func` has raised; the cache has no value.
         """
-        return self._cache().write_through(key, value, write_func, expire)
+        return self._cache().write_through(key, value, write_func, expire, tags)
 
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any
@@ -232,11 +236,11 @@ class CacheManager:
         """Decorate a function: its results are kept by its arguments.
 
         With `key_prefix="user"`, the result of `get_user(42)` has the key `user:42`. The decorated
-        function has two more methods, called with its arguments: `cache_key`, and `invalidate`,
-        which deletes the key.
+        function has two more, called with its arguments: `cache_key`, and `invalidate`, which
+        deletes the key. Those of a method take the object first: `Shop.price.invalidate(shop, 1)`.
 
         Args:
-            key_prefix: What the keys begin with; None for the function's name.
+            key_prefix: What the keys begin with; None for the function's module and name.
             expire: As for `cache_aside`.
             **options: As for `cache_aside`.
 
@@ -245,8 +249,9 @@ class CacheManager:
             ValueError: An option is not allowed.
         """
         options["tags"] = check_tags(options.get("tags", ()))
-        # Whatever the app's default is, the rest is known now.
-        LoadOptions(**{**options, "expire": expire if expire not in (None, math.inf) else 1.0})
+        check_options(expire, options)
+        if callable(key_prefix):
+            raise TypeError("cached has to be called; write @cached() above the function.")
 
         def decorate(fn: Callable[P, R]) -> Callable[P, R]:
             if inspect.iscoroutinefunction(fn):
@@ -290,6 +295,11 @@ def _decorated(
     wrapper.cache_key = make_key  # type: ignore[attr-defined]
     wrapper.invalidate = invalidate  # type: ignore[attr-defined]
     return wrapper
+
+
+def check_options(expire: float | None, options: Mapping[str, Any]) -> None:
+    """Refuse wrong options where a function is decorated, whatever the app's default is."""
+    LoadOptions(**{**options, "expire": 1.0 if expire in (None, math.inf) else expire})
 
 
 @lru_cache(maxsize=1024)

@@ -46,6 +46,11 @@ _TRIES = 5
 _LONG_S = 5.0
 
 
+def _call(method: Callable[[str], None] | None, state: str) -> None:
+    if method is not None:
+        method(state)
+
+
 def _ignore(_operation: str, _status: str, _duration_s: float | None) -> None:
     pass
 
@@ -117,7 +122,9 @@ class TieredStore:
         self._readings: dict[str, _Reading] = {}
         self._entries = self._make_entries()
         give_lock(self)
-        redis.on_change = self._link_changed
+        changed = weakref.WeakMethod(self._link_changed)
+        # Weak: the feed has the client, and must not keep the store.
+        redis.on_change = lambda state: _call(changed(), state)
         _stores.add(self)
 
     _lock: Any
@@ -147,7 +154,14 @@ class TieredStore:
     def _start(self) -> None:
         with self._lock:
             if self._feed is None:
-                self._feed = Feed(self._redis, self._entries.channel, self._sender, self)
+                self._feed = Feed(
+                    self._redis,
+                    self._entries.channel,
+                    self._sender,
+                    self,
+                    # Often enough that the memory is trusted as long as the link holds.
+                    beat_s=min(1.0, self._unlinked_s / 4),
+                )
 
     def _missed(self, operation: str, error: MusetError | None = None) -> None:
         """Something was done without Redis."""

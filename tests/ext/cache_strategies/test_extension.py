@@ -9,6 +9,7 @@ import time
 import flask_caching
 import pytest
 from flask import Flask, jsonify
+from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset import CacheStrategies, aio
 from flask_muset.cache_strategies import CacheStrategy, UnsupportedType, cache_manager, cached
@@ -602,3 +603,250 @@ def test_a_shared_value_is_not_given_to_others(cache):
     shared = cache.cache_aside("k", lambda: {"n": 2}, 60, immutable=True)
     cache.get("k")["n"] = 5
     assert shared == {"n": 1}
+
+
+# --- What must not be mixed up --------------------------------------------------------------------
+
+
+def test_a_given_cache_on_two_apps_has_two_backends():
+    """The backend is that of the app, whichever was set up last; one that is none has a cure."""
+    given, apps = flask_caching.Cache(), [make_app("a"), make_app("b")]
+    cache = CacheStrategies(cache=given)
+    with pytest.raises(RuntimeError, match="not set up on app 'a'; call its init_app before"):
+        cache.init_app(apps[0])
+    for app in apps:
+        given.init_app(app, config={"CACHE_TYPE": "SimpleCache"})
+        cache.init_app(app)
+    with apps[0].app_context():
+        cache.set("k", "a")
+    with apps[1].app_context():
+        assert cache.get("k") is None
+
+
+def test_options_of_another_backend_do_no_harm():
+    """CACHE_OPTIONS and CACHE_ARGS of an app's own Flask-Caching are not taken for ours."""
+    app = make_app()
+    app.config.update(CACHE_OPTIONS={"mode": 0o600}, CACHE_ARGS=["/tmp"])
+    cache = CacheStrategies(app)
+    with app.app_context():
+        cache.flask_cache.set("k", 1)
+        assert cache.get("k") == 1
+
+
+def test_a_given_client_has_its_own_prefix(app):
+    """A namespace beside a client that is given would be ignored, so it is refused."""
+    from flask_muset.redis import GuardedRedis
+
+    app.config["CACHE_STRATEGIES_NAMESPACE"] = "mine"
+    with pytest.raises(ValueError, match="NAMESPACE: the keys of a Redis client that is given"):
+        CacheStrategies(app, redis=GuardedRedis("redis://127.0.0.1:1/0"))
+
+
+def test_a_writer_that_would_have_to_be_awaited_is_refused(cache):
+    """A coroutine function under the plain names has done nothing, and says so."""
+
+    async def save(value):
+        raise AssertionError(value)
+
+    with pytest.raises(TypeError, match=r"nothing was written; use .* flask_muset\.aio"):
+        cache.write_through("k", 1, save, 60)
+    assert cache.get("k") is None
+    made = save(1)
+    with pytest.raises(TypeError, match=r"flask_muset\.aio"):
+        cache.cache_aside("k", lambda: made, 60)
+    made.close()
+
+
+def test_functions_that_differ_by_what_is_around_them_need_a_prefix(cache):
+    """Two closures of one name would share their results."""
+
+    def make(table):
+        def load(number):
+            return f"{table} {number}"
+
+        return load
+
+    with pytest.raises(TypeError, match="give each a key_prefix of its own"):
+        cache.cached()(make("users"))
+    users, posts = (cache.cached(table)(make(table)) for table in ("users", "posts"))
+    assert [users(1), posts(1)] == ["users 1", "posts 1"]
+
+
+def test_a_dataclass_that_is_more_than_its_fields_is_no_key(cache):
+    """What tells two objects apart and is no field would be left out of the key."""
+
+    @dataclasses.dataclass
+    class Tenant:
+        name: str
+
+        def __post_init__(self):
+            self.secret = self.name.upper()
+
+    @cached("tenant", 60)
+    def load(tenant):
+        return tenant.secret
+
+    with pytest.raises(TypeError, match="__cache_key__"):
+        load(Tenant("a"))
+
+
+def test_the_decorator_without_a_call_has_a_cure():
+    """`@cached` without parentheses is told apart from a prefix."""
+    with pytest.raises(TypeError, match=r"write @cached\(\) above the function"):
+        cached(lambda: 1)
+
+
+def test_keys_of_many_are_many(cache):
+    """A str is no list of keys."""
+    with pytest.raises(TypeError, match=r"write \['user:1'\]"):
+        cache.get_many("user:1")
+
+
+def test_tags_of_a_write(cache):
+    """What was written through is made invalid by its tags."""
+    cache.write_through("k", 1, lambda _value: None, 60, tags=["t"])
+    assert cache.get("k") == 1
+    cache.delete_tag("t")
+    assert cache.get("k") is None
+
+
+def test_a_views_own_cache_control_gets_no_age(app):
+    """Age would take from the time that the view allows browsers."""
+    cache = CacheStrategies(app)
+
+    @app.get("/")
+    def view():
+        response = jsonify(cache.cache_aside("k", lambda: 1, 60))
+        response.cache_control.max_age = 1
+        return response
+
+    client = app.test_client()
+    client.get("/")
+    answer = client.get("/")
+    assert answer.headers["X-Cache"] == "HIT"
+    assert "Age" not in answer.headers
+
+
+def test_an_app_that_is_gone_leaves_nothing(redis_server):  # noqa: F811
+    """Its cache, its thread and its connection go with it."""
+    import gc
+    import weakref
+
+    cache = CacheStrategies()
+
+    def use():
+        app = make_app(REDIS_URL=redis_server.url)
+        cache.init_app(app)
+        with app.app_context():
+            cache.set("k", 1)
+            assert cache.get("k") == 1
+        return weakref.ref(app)
+
+    gone = [use() for _ in range(3)]
+    for _ in range(100):
+        gc.collect()
+        feeds = [t for t in threading.enumerate() if t.name == "cache-feed"]
+        if not feeds and all(app() is None for app in gone):
+            break
+        time.sleep(0.05)
+    assert [app() for app in gone] == [None] * 3
+    assert feeds == []
+
+
+# --- asyncio, where it ends in other ways ---------------------------------------------------------
+
+
+def test_a_value_that_ends_while_it_is_asked_for_hangs_nobody(cache):
+    """The loop never waits for itself, whenever a value of the memory expires."""
+
+    async def fetch():
+        return 1
+
+    async def main():
+        for _ in range(300):
+            assert await aio.cache_manager.cache_aside("k", fetch, 0.0004) == 1
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_many_who_wait_for_a_failure_share_it(cache):
+    """One awaited load fails for all who asked at the same time."""
+    calls = []
+
+    async def fails():
+        calls.append(1)
+        await asyncio.sleep(0.05)
+        raise OSError("away")
+
+    async def main():
+        return await asyncio.gather(
+            *(aio.cache_manager.cache_aside("k", fails, 60) for _ in range(200)),
+            return_exceptions=True,
+        )
+
+    failures = asyncio.run(main())
+    assert len(calls) == 1
+    assert all(isinstance(failure, OSError) for failure in failures)
+
+
+def test_a_cancelled_load_fails_nobody_else(cache):
+    """Who is cancelled is cancelled; who waits for him loads."""
+    calls = []
+
+    async def fetch():
+        calls.append(1)
+        await asyncio.sleep(0.1)
+        return len(calls)
+
+    async def main():
+        first = asyncio.create_task(aio.cache_manager.cache_aside("k", fetch, 60))
+        await asyncio.sleep(0.02)
+        others = [
+            asyncio.create_task(aio.cache_manager.cache_aside("k", fetch, 60)) for _ in range(20)
+        ]
+        await asyncio.sleep(0.02)
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        return await asyncio.gather(*others)
+
+    assert set(asyncio.run(asyncio.wait_for(main(), 10))) <= {1, 2}
+
+
+def test_a_loop_that_ends_leaves_no_load_behind(cache):
+    """The next caller of the key, on another loop or on none, loads."""
+
+    async def slow():
+        await asyncio.sleep(60)
+
+    async def begin():
+        asyncio.ensure_future(aio.cache_manager.cache_aside("k", slow, 60))  # noqa: RUF006
+        await asyncio.sleep(0.05)
+
+    asyncio.run(begin())
+    began = time.monotonic()
+    assert cache.cache_aside("k", lambda: "loaded", 60) == "loaded"
+    assert time.monotonic() - began < 3
+
+
+def test_a_refresh_outlives_the_loop_of_its_request(cache):
+    """With a loop for each request, a stale value is still refreshed."""
+    calls = []
+
+    async def fetch():
+        await asyncio.sleep(0.02)
+        calls.append(1)
+        return len(calls)
+
+    def ask():
+        return asyncio.run(
+            aio.cache_manager.cache_aside("k", fetch, 0.05, stale_while_revalidate=60)
+        )
+
+    assert ask() == 1
+    time.sleep(0.06)
+    assert ask() == 1
+    end = time.monotonic() + 5
+    while ask() == 1:
+        assert time.monotonic() < end
+        time.sleep(0.02)
