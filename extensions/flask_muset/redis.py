@@ -67,7 +67,7 @@ from flask_muset.errors import (
 from flask_muset.locks import give_lock, is_patched, original
 from flask_muset.signals import LinkEvent, redis_link_changed
 
-__all__ = ["GuardedRedis", "Script"]
+__all__ = ["GuardedRedis", "Script", "abandon"]
 
 _log = logging.getLogger(__name__)
 
@@ -373,6 +373,24 @@ def _error_of(name: str, error: BaseException) -> MusetError:
     return NetworkError(text)
 
 
+def abandon(connection: Any) -> None:
+    """Leave a connection's socket to the parent process, in a forked child.
+
+    gevent's greenlets live on there, and one may be waiting for this very socket, whose reply is
+    the parent's. So its number is given to another one, which is at its end.
+
+    Args:
+        connection: Of redis-py, such as `GuardedRedis.dedicated` makes.
+    """
+    sock = connection._sock
+    if sock is not None and sock.fileno() >= 0:
+        # Of the module below `socket`, which gevent does not patch: its hub is not ready yet.
+        ended, other = _socket.socketpair()
+        os.dup2(ended.fileno(), sock.fileno(), inheritable=False)
+        ended.close()
+        other.close()
+
+
 # --- One call -------------------------------------------------------------------------------------
 
 
@@ -423,18 +441,8 @@ class _Slot:
         self.connection.disconnect()
 
     def abandon(self) -> None:
-        """Leave the socket to the parent process.
-
-        gevent's greenlets live on in a forked child, and one may be waiting for this very socket,
-        whose reply is the parent's. So its number is given to another one, which is at its end.
-        """
-        sock = self.connection._sock
-        if sock is not None and sock.fileno() >= 0:
-            # Of the module below `socket`, which gevent does not patch: its hub is not ready yet.
-            ended, other = _socket.socketpair()
-            os.dup2(ended.fileno(), sock.fileno(), inheritable=False)
-            ended.close()
-            other.close()
+        """Leave the socket to the parent process."""
+        abandon(self.connection)
 
 
 class _Call:

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError, TimeoutError  # noqa: A004 - redis-py's
 
 from flask_muset.clock import SYSTEM
 from flask_muset.locks import is_patched
-from flask_muset.redis import GuardedRedis
+from flask_muset.redis import GuardedRedis, abandon
 
 __all__ = ["Feed", "Listener"]
 
@@ -86,19 +86,25 @@ class Feed:
         _run_beside(partial(contextvars.Context().run, self._run))
         weakref.finalize(listener, self.close).atexit = False
 
+    def abandon(self) -> None:
+        """Leave the connection to the parent process, of which this is a copy."""
+        self._is_closed = True
+        self.is_linked = False
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            abandon(connection)
+
     def close(self) -> None:
         """Listen no more."""
         self._is_closed = True
-        connection = self._connection
-        if connection is not None:
-            connection.disconnect()
+        self._let_go()
 
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
         while not self._is_closed:
             try:
                 self._listen()
-            except (RedisError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - a message of nobody's making among them
                 # A link that breaks may be made anew at once; one that cannot, or that falls
                 # silent, has nobody at its end.
                 self._was_away = not self.is_linked or isinstance(error, TimeoutError)

@@ -11,13 +11,13 @@ Below the deployment's prefix and the format's version:
 The scripts decide, so that all processes decide alike, and by the clock of Redis.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flask_muset.cache_strategies.codec import Unreadable
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
-from flask_muset.cache_strategies.envelope import BEGAN, pack, unpack
+from flask_muset.cache_strategies.envelope import BEGAN, began_bytes, pack, unpack
 from flask_muset.cache_strategies.patterns import escape_glob, redis_glob
 from flask_muset.clock import SYSTEM
 from flask_muset.redis import GuardedRedis, Script
@@ -28,11 +28,16 @@ __all__ = ["RedisEntries"]
 _AT_ONCE = 500
 _SCAN_COUNT = 1000
 #: A tagged entry of this age is dead, so that tags need not be remembered for ever.
+_MOST_TAGS = 100_000
 _HORIZON_US = 365 * 86_400 * 1_000_000
 #: A write of the source that takes longer leaves no value behind.
 _WRITE_LEASE_S = 30.0
 #: How long this process's clock and that of Redis are taken to go alike.
 _SHIFT_HOLDS_S = 60.0
+#: Budgets of a call after which nobody waits for it, with what the two clocks may differ by.
+_GIVEN_UP = 4
+#: Ten years, in milliseconds: nothing is kept for longer.
+_LONGEST_MS = 10 * 365 * 86_400_000
 _UNSEEN = bytes(8)
 _BUSY = {
     b"load": Busy(),
@@ -126,7 +131,7 @@ class RedisEntries:
         self, key: str, known: Entry | None, token: bytes, *, anyway: bool
     ) -> Entry | Lease | Busy:
         """Ask for the right to load; asked again with the same token, it is the same lease."""
-        seen = _UNSEEN if known is None else known.began_us.to_bytes(8, "big")
+        seen = _UNSEEN if known is None else began_bytes(known)
         while True:
             what, *more = self._redis.script(
                 _LEASE,
@@ -171,6 +176,7 @@ class RedisEntries:
             words: list[Any] = [self.channel, self._sender]
             for key in some:
                 words += (*self._packed(entries[key]), key)
+            words.append(self.now_us() + round(_GIVEN_UP * self._redis.budget_s * 1e6))
             keys = [prefix + key for prefix in (self._values, self._locks) for key in some]
             self._noted(self._redis.script(_CHANGE, keys, words))
 
@@ -194,29 +200,37 @@ class RedisEntries:
     def forget(self, pattern: str) -> int:
         """Delete what matches; how many entries there were.
 
-        SCAN may name a key twice; UNLINK counts it once.
+        SCAN may name a key twice; UNLINK counts it once. First all leases are taken, so that no
+        load that has begun puts anything in where the second look has been already.
         """
-        values = self._values.encode()
-        glob = escape_glob(self._redis.prefix) + b"[cl]1:" + redis_glob(pattern)
-        cursor, count = b"0", 0
-        while True:
-            cursor, found = self._redis.execute("SCAN", cursor, "MATCH", glob, "COUNT", _SCAN_COUNT)
-            locks = [key for key in found if not key.startswith(values)]
+        for locks in self._found("l1:", pattern):
             for some in _pieces(locks):
                 self._redis.script(_RELEASE, some)
-            count += self._unlink([key for key in found if key.startswith(values)])
-            if cursor == b"0":
-                break
+        count = 0
+        for values in self._found("c1:", pattern):
+            for some in _pieces(values):
+                count += self._redis.execute("UNLINK", *some)
         self._redis.execute("PUBLISH", self.channel, self._sender + b"p" + pattern.encode())
         return count
 
-    def _unlink(self, keys: Sequence[bytes]) -> int:
-        return sum(self._redis.execute("UNLINK", *some) for some in _pieces(keys))
+    def _found(self, kind: str, pattern: str) -> Iterator[list[bytes]]:
+        """The keys of a kind that match, in parts."""
+        glob, cursor = escape_glob(self._redis.prefix + kind) + redis_glob(pattern), b"0"
+        while True:
+            cursor, found = self._redis.execute("SCAN", cursor, "MATCH", glob, "COUNT", _SCAN_COUNT)
+            yield found
+            if cursor == b"0":
+                return
+
+    def unlink(self, key: str) -> None:
+        """Delete an entry and whatever its lock is."""
+        self._redis.execute("UNLINK", self._values + key, self._locks + key)
+        self._redis.execute("PUBLISH", self.channel, self._sender + b"k" + key.encode())
 
     def invalidate_tag(self, tag: str, *, keep_stale: bool) -> tuple[str, int]:
         """Make a tag's entries invalid: the member, and the microseconds of when."""
         member = ("e" if keep_stale else "d") + tag
-        words = [member, self.channel, self._sender, _HORIZON_US]
+        words = [member, self.channel, self._sender, _HORIZON_US, _MOST_TAGS]
         at = self._redis.script(_TAG, [self._tags], words)
         self._noted(at)
         return member, int(at)
@@ -277,7 +291,7 @@ class RedisEntries:
         data = pack(entry, self.shift_us)
         if entry.gone_at == NEVER:
             return data, 0
-        return data, max(1, round((entry.gone_at - SYSTEM.now()) * 1000))
+        return data, min(max(1, round((entry.gone_at - SYSTEM.now()) * 1000)), _LONGEST_MS)
 
 
 def _pieces(keys: Sequence[Any]) -> list[Sequence[Any]]:

@@ -3,13 +3,17 @@
 Bounded: the newest of each key, and one for all entries when there are too many.
 """
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flask_muset.cache_strategies.redis_entries import RedisEntries
+from flask_muset.errors import ExternalServiceError
 from flask_muset.locks import give_lock
 
 __all__ = ["Repairs"]
+
+_log = logging.getLogger(__name__)
 
 
 class Repairs:
@@ -50,8 +54,12 @@ class Repairs:
             self._tags.clear()
             self._tags["", False] = object()
 
-    def send(self, entries: RedisEntries) -> None:
+    def send(self, entries: RedisEntries, note_tag: Callable[[str, int], None]) -> None:
         """Tell Redis; what it was told is forgotten.
+
+        Args:
+            entries: Where.
+            note_tag: Is told of each tag: its member, and the microseconds of when.
 
         Raises:
             MusetError: Redis is away again; the rest is kept.
@@ -59,9 +67,9 @@ class Repairs:
         with self._lock:
             keys, tags = dict(self._keys), dict(self._tags)
         for (tag, keep_stale), mark in tags.items():
-            entries.invalidate_tag(tag, keep_stale=keep_stale)
+            note_tag(*entries.invalidate_tag(tag, keep_stale=keep_stale))
             self._forget(self._tags, (tag, keep_stale), mark)
-        entries.change(dict.fromkeys(keys))
+        _delete(entries, list(keys))
         for key, mark in keys.items():
             self._forget(self._keys, key, mark)
 
@@ -69,3 +77,13 @@ class Repairs:
         with self._lock:
             if kept.get(what) is mark:
                 del kept[what]
+
+
+def _delete(entries: RedisEntries, keys: list[str]) -> None:
+    """Delete keys; one that Redis refuses must not stand in the way of the others."""
+    try:
+        entries.change(dict.fromkeys(keys))
+    except ExternalServiceError as error:
+        _log.warning("keys are deleted one by one, because Redis says: %s", error.message)
+        for key in keys:
+            entries.unlink(key)

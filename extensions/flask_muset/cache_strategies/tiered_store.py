@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from flask_muset.cache_strategies.entry import Busy, Entry, Lease, Write
+from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
 from flask_muset.cache_strategies.memory import Memory
 from flask_muset.cache_strategies.redis_entries import RedisEntries
@@ -196,7 +196,7 @@ class TieredStore:
                 return False
             self._is_repairing = True
         try:
-            self._repairs.send(self._entries)
+            self._repairs.send(self._entries, self._note_tag)
         except MusetError as error:
             _log.debug("invalidations could not be sent: %s", error)
             return False
@@ -205,10 +205,13 @@ class TieredStore:
         return not self._repairs
 
     def _link_changed(self, state: str) -> None:
-        if state == "up":
-            self._resume_at = SYSTEM.now() + _SETTLING_S
-            if self._repairs:
-                self._repair()
+        if state != "up":
+            # Until it is known since when it is back.
+            self._resume_at = NEVER
+            return
+        self._resume_at = SYSTEM.now() + _SETTLING_S
+        if self._repairs:
+            self._repair()
 
     # --- What the feed tells
 
@@ -216,12 +219,16 @@ class TieredStore:
         """Nothing is known of what was made invalid before."""
         self._tags = {}
         self.memory.clear()
-        if was_away:
+        self._pass_on("all", "")
+        if was_away and self._redis.state == "up":
             self._resume_at = SYSTEM.now() + _SETTLING_S
 
     def confirmed(self, since: float) -> None:
         """All that was made invalid before is known."""
         self.memory.trusted_until = since + self._unlinked_s
+        if self._repairs and self._redis.state == "up":
+            # What Redis has refused, or what this process had no time for.
+            _run_beside(self._repair)
 
     def heard(self, kind: str, text: str) -> None:
         """Another process has made something invalid."""
@@ -246,29 +253,39 @@ class TieredStore:
 
     def _note_tag(self, member: str, at: int) -> None:
         self._entries.noted(at)
-        tags = self._tags
-        if len(tags) >= _MAX_TAGS and member not in tags:
-            tags = self._tags = {}
-        tags[member] = max(at, tags.get(member, 0))
+        with self._lock:
+            if len(self._tags) >= _MAX_TAGS:
+                self._tags = {}
+            self._tags[member] = max(at, self._tags.get(member, 0))
+
+    def _tags_of(self, members: Sequence[str]) -> Mapping[str, int]:
+        """When tags were made invalid, as this process knows or as Redis says."""
+        feed, tags = self._feed, self._tags
+        if feed is None or not feed.is_linked:
+            return self._entries.read_tags(members)
+        known = {member: tags[member] for member in members if member in tags}
+        missing = [member for member in members if member not in known]
+        if not missing:
+            return known
+        read = self._entries.read_tags(missing)
+        with self._lock:
+            # Not into a table that was begun meanwhile: the answer may be older than that.
+            if self._tags is tags and len(tags) < _MAX_TAGS:
+                for member, at in read.items():
+                    tags[member] = max(at, tags.get(member, 0))
+                known.update({member: tags[member] for member in missing})
+                return known
+        return {**known, **read}
 
     def _dead_since(self, tags: tuple[str, ...]) -> tuple[int, int]:
         """When the latest of the tags, or all entries, were made invalid: for good, to stale."""
         feed, known = self._feed, self._tags
-        is_linked = feed is not None and feed.is_linked
-        if not tags and is_linked and "d" in known and "e" in known:
+        if not tags and feed is not None and feed.is_linked and "d" in known and "e" in known:
             return known["d"], known["e"]
         members = ["d", "e"]
         for tag in tags:
             members += ("d" + tag, "e" + tag)
-        if not is_linked:
-            known = self._entries.read_tags(members)
-        else:
-            missing = [member for member in members if member not in known]
-            if missing:
-                for member, at in self._entries.read_tags(missing).items():
-                    self._note_tag(member, at)
-                # Two tables where the first is full: what was known is still true.
-                known = {**known, **self._tags}
+        known = dict(self._tags_of(members))
         return (
             max(known[member] for member in members[::2]),
             max(known[member] for member in members[1::2]),
@@ -283,11 +300,11 @@ class TieredStore:
 
     def _read_below(self, key: str) -> Entry | None:
         """The entry of Redis, which is asked once for all who want it at the same time."""
+        mark = self.memory.mark
         entries = self._reach()
         if entries is None:
             self._missed("get")
             return None
-        mark = self.memory.mark
         reading = self._readings.get(key)
         # One that began before something was made invalid may bring what is invalid.
         if reading is not None and reading.mark == mark and reading.wait(self._lock):
@@ -319,12 +336,12 @@ class TieredStore:
             if entry is not None:
                 found[key] = entry
         missing = [key for key in dict.fromkeys(keys) if key not in found]
+        mark = self.memory.mark
         entries = self._reach() if missing else None
         if entries is None:
             if missing:
                 self._missed("get")
             return found
-        mark = self.memory.mark
         try:
             below = entries.read_many(missing)
         except MusetError as error:
@@ -347,7 +364,7 @@ class TieredStore:
                 "lease", lambda entries: entries.lease(key, known, token, anyway=anyway)
             )
         finally:
-            if got is None and self._redis.state == "up":
+            if got is None and self._redis.state == "up" and SYSTEM.now() >= self._resume_at:
                 # It may have been given all the same, and nobody would settle it.
                 _run_beside(partial(self._abandon, Lease(key, token, 0)))
         return Lease(key, b"", 0, mark) if got is None else self._leased(key, got, mark)
@@ -389,17 +406,18 @@ class TieredStore:
     def _renew(self) -> None:
         """Let the leases of loads that take long last, until there are none."""
         pause_s = self._lease_s / 3
-        try:
-            while self._held:
-                # Real time, whatever a test has made of the clock.
-                time.sleep(pause_s)
-                before = SYSTEM.now() - pause_s / 2
-                old = [lease for lease, at in list(self._held.items()) if at < before]
-                entries = self._reach() if old else None
-                if entries is not None:
-                    self._renewed(entries, old)
-        finally:
-            self._is_renewing = False
+        while True:
+            with self._lock:
+                if not self._held:
+                    self._is_renewing = False
+                    return
+            # Real time, whatever a test has made of the clock.
+            time.sleep(pause_s)
+            before = SYSTEM.now() - pause_s / 2
+            old = [lease for lease, at in list(self._held.items()) if at < before]
+            entries = self._reach() if old else None
+            if entries is not None:
+                self._renewed(entries, old)
 
     def _renewed(self, entries: RedisEntries, leases: Sequence[Lease]) -> None:
         try:
@@ -428,16 +446,22 @@ class TieredStore:
     def _change(self, changes: Mapping[str, Entry | None]) -> bool:
         for key in changes:
             self.memory.drop(key)
-        mark = self.memory.mark
-        is_done = self._changed(changes)
-        if not is_done:
-            self._repairs.add_keys(changes)
-        for key, entry in changes.items():
-            if entry is None:
-                self.memory.drop(key)
-            else:
-                self.memory.replace(key, entry, mark)
+        mark, is_done, kept = self.memory.mark, False, dict.fromkeys(changes)
+        try:
+            is_done, kept = self._changed(changes), dict(changes)
+        finally:
+            # Also where the caller is cut off: then nobody knows what Redis has.
+            if not is_done:
+                self._repairs.add_keys(changes)
+            for key, entry in kept.items():
+                self._keep(key, entry, mark)
         return is_done
+
+    def _keep(self, key: str, entry: Entry | None, mark: int) -> None:
+        if entry is None:
+            self.memory.drop(key)
+        else:
+            self.memory.replace(key, entry, mark)
 
     def _changed(self, changes: Mapping[str, Entry | None]) -> bool:
         def change(entries: RedisEntries) -> bool:
@@ -454,10 +478,15 @@ class TieredStore:
         """Say that the source will be written; the value goes now."""
         self.memory.drop(key)
         token = secrets.token_bytes(8)
-        write = self._ask("set", lambda entries: entries.begin_write(key, token))
+        write = None
+        try:
+            write = self._ask("set", lambda entries: entries.begin_write(key, token))
+        finally:
+            if write is None:
+                self._repairs.add_keys([key])
         if write is None:
-            self._repairs.add_keys([key])
-            write = Write(key, b"", 0)
+            # It may have been counted in all the same, so it will be counted out.
+            write = Write(key, token, 0)
         self.memory.drop(key)
         write.mark = self.memory.mark
         return write
@@ -470,13 +499,14 @@ class TieredStore:
                 entry.began_us = entries.now_us()
             return entries.end_write(write, entry)
 
-        is_alone = self._ask("set", end) if write.token else None
-        if is_alone is None:
-            self._repairs.add_keys([write.key])
-        if is_alone is not False and entry is not None:
-            self.memory.replace(write.key, entry, write.mark)
-        else:
-            self.memory.drop(write.key)
+        is_alone, kept = None, None
+        try:
+            is_alone = self._ask("set", end)
+            kept = None if is_alone is False else entry
+        finally:
+            if is_alone is None:
+                self._repairs.add_keys([write.key])
+            self._keep(write.key, kept, write.mark)
         return is_alone is not None
 
     # --- Invalidation
@@ -504,14 +534,17 @@ class TieredStore:
 
     def invalidate_tag(self, tag: str, /, *, keep_stale: bool) -> bool:
         """Make all entries of a tag invalid in both levels."""
-        noted = self._ask(
-            "delete", lambda entries: entries.invalidate_tag(tag, keep_stale=keep_stale)
-        )
-        if noted is None:
-            self._repairs.add_tag(tag, keep_stale=keep_stale)
-        else:
-            self._note_tag(*noted)
-        self.memory.invalidate_tag(tag, keep_stale=keep_stale)
+        noted = None
+        try:
+            noted = self._ask(
+                "delete", lambda entries: entries.invalidate_tag(tag, keep_stale=keep_stale)
+            )
+        finally:
+            if noted is None:
+                self._repairs.add_tag(tag, keep_stale=keep_stale)
+            else:
+                self._note_tag(*noted)
+            self.memory.invalidate_tag(tag, keep_stale=keep_stale)
         return noted is not None
 
     # --- Beside
@@ -547,7 +580,9 @@ class TieredStore:
 
     def _forked(self) -> None:
         """A child hears nothing of what its parent listens to."""
-        self._feed = None
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.abandon()
         self._held = {}
         self._readings = {}
         self._is_renewing = self._is_repairing = False
@@ -557,7 +592,7 @@ class TieredStore:
         self._entries = self._make_entries()
 
 
-def _run_beside(run: Callable[[], None]) -> None:
+def _run_beside(run: Callable[[], object]) -> None:
     """Run in a context of its own: neither a deadline nor an app of the caller."""
     target = partial(contextvars.Context().run, run)
     if is_patched():

@@ -553,3 +553,184 @@ state.store._entries.lease = asked
     began = time.monotonic()
     assert b.run("result = load('k', 'loaded')") == "loaded"
     assert time.monotonic() - began < 1
+
+
+# --- What can go wrong in the middle --------------------------------------------------------------
+
+
+def test_a_tag_that_is_made_up_for_is_known_here_too(workers, redis_server):  # noqa: F811
+    """The process that could not tell Redis of a tag serves nothing of it after it has."""
+    a, b = workers(2)
+    a.run("result = cache.set('k', 'old', 600, tags=['t'])")
+    assert b.get("k") == "old"
+    redis_server.freeze()
+    assert a.run("result = cache.delete_tag('t')") is False
+    redis_server.thaw()
+    assert soon(lambda: a.run("result = len(state.store._repairs)") == 0, 2)[0]
+    time.sleep(0.7)
+    assert a.get("k") is None
+    assert b.get("k") is None
+
+
+def test_what_redis_refuses_is_made_up_for_without_being_asked(workers, redis_server):  # noqa: F811
+    """A delete that failed while the link stayed up is repeated by an idle process."""
+    a, b = workers(2)
+    a.run("result = cache.set('k', 'old', 600)")
+    assert b.get("k") == "old"
+    a.run("""
+change = state.store._entries.change
+def refuse(_changes):
+    from flask_muset.errors import ExternalServiceError
+    raise ExternalServiceError("not now")
+state.store._entries.change = refuse
+result = cache.delete('k')
+state.store._entries.change = change
+""")
+    assert soon(lambda: b.get("k") is None, 4)[0]
+
+
+def test_a_key_that_redis_refuses_stands_in_nobodys_way(workers, redis_server):  # noqa: F811
+    """A lock of another type, put there by somebody else, is removed like any other."""
+    client = GuardedRedis(redis_server.url)
+    a = workers()
+    a.run("result = cache.set('k', 'old', 600) and cache.set('other', 1, 600)")
+    client.execute("LPUSH", "muset:default:l1:k", "foreign")
+    a.run("result = cache.delete('k')")
+    assert soon(lambda: a.run("result = len(state.store._repairs)") == 0, 3)[0]
+    assert a.get("k") is None
+    assert a.get("other") == 1
+    assert a.run("result = cache.set('k', 'new')") is True
+
+
+@pytest.mark.parametrize("change", ["cache.delete('k')", "cache.delete_tag('t')"])
+def test_who_is_cut_off_while_he_deletes_leaves_nothing_old(workers, change):
+    """A delete that is cut off is carried out all the same: its caller cannot know."""
+    a, b = workers(2)
+    a.run("result = cache.set('k', 'old', 600, tags=['t'])")
+    assert b.get("k") == "old"
+    a.run(f"""
+entries = state.store._entries
+def slow(*_words, **_options):
+    gevent.sleep(5)
+entries.change = entries.invalidate_tag = slow
+job = gevent.spawn(lambda: {change})
+gevent.sleep(0.05)
+job.kill()
+del entries.change, entries.invalidate_tag
+""")
+    assert a.get("k") is None
+    assert soon(lambda: b.get("k") is None, 4)[0]
+
+
+def test_a_new_link_lets_nobody_join_an_old_load(workers, redis_server):  # noqa: F811
+    """What was deleted while the link was cut is loaded anew by who comes afterwards."""
+    a, b = workers(2)
+    a.run(LOADS)
+    a.run("job = gevent.spawn(load, 'k', 'old', 1.5); gevent.sleep(0.05)")
+    a.run("""
+dedicated = state.redis.dedicated
+def refuse(**_): raise OSError("no route")
+state.redis.dedicated = refuse
+state.store._feed._connection.disconnect()
+until(lambda: not state.store._feed.is_linked)
+""")
+    b.run("result = cache.delete('k')")
+    a.run("state.redis.dedicated = dedicated; until(lambda: state.store._feed.is_linked)")
+    assert a.run("result = load('k', 'new')") == "new"
+    assert a.run("result = job.get()") == "old"
+    assert b.get("k") == "new"
+
+
+def test_foreign_messages_do_no_harm(workers, redis_server):  # noqa: F811
+    """Whatever somebody publishes on the channel, the link goes on or is made anew."""
+    client = GuardedRedis(redis_server.url)
+    a, b = workers(2)
+    for junk in (b"", b"x", b"12345678", b"12345678t", b"12345678t1", b"12345678tx y",
+                 b"12345678p\xff", b"12345678k", b"12345678z"):  # fmt: skip
+        client.execute("PUBLISH", "muset:default:i1", junk)
+        time.sleep(0.02)
+    b.run("until(lambda: state.store._feed.is_linked)")
+    a.run("result = cache.set('k', 'old')")
+    assert soon(lambda: b.get("k") == "old", 1)[0]
+    a.run("result = cache.set('k', 'new')")
+    assert soon(lambda: b.get("k") == "new", 1)[0]
+
+
+def test_bytes_that_come_too_late_write_nothing(workers, redis_server):  # noqa: F811
+    """A write that Redis gets long after its sender gave up does not replace a newer one."""
+    a, b = workers(2)
+    a.run("""
+from flask_muset.clock import SYSTEM
+from flask_muset.cache_strategies.entry import Entry
+entries = state.store._entries
+sent = []
+script = state.redis.script
+def hold(*words):
+    sent.append(words)
+state.redis.script = hold
+try:
+    entries.change({"k": Entry(b"\\xa3old", created_at=SYSTEM.now())})
+except TypeError:
+    pass
+state.redis.script = script
+""")
+    b.run("result = cache.set('k', 'new')")
+    time.sleep(0.4)
+    a.run("script(*sent[-1])")
+    assert a.get("k") is None
+    assert b.get("k") in ("new", None)
+
+
+def test_a_full_redis_can_be_read_and_forgets(workers, redis_server):  # noqa: F811
+    """Without memory for more, Redis is read, and a write leaves no old value and none at all."""
+    client = GuardedRedis(redis_server.url)
+    a = workers()
+    a.run("result = cache.set('k', 'old', 600)")
+    client.execute("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    client.execute("CONFIG", "SET", "maxmemory", 1000)
+    b = workers()
+    assert b.get("k") == "old"
+    assert a.run("result = cache.write_through('k', 'new', lambda value: None, 60)") is True
+    assert a.get("k") is None
+    assert soon(lambda: b.get("k") is None, 1)[0]
+    assert b.run("result = cache.cache_aside('k', lambda: 'loaded', 60)") == "loaded"
+
+
+def test_a_gevent_child_leaves_its_parents_link_alone(redis_server):  # noqa: F811
+    """A process forked from one that listens hears for itself, and steals nothing."""
+    code = f"""
+from gevent import monkey; monkey.patch_all()
+import gevent, os, time
+from flask import Flask
+from flask_muset import CacheStrategies
+app = Flask("forked")
+app.config["CACHE_STRATEGIES_REDIS_URL"] = {redis_server.url!r}
+cache = CacheStrategies(app)
+app.app_context().push()
+store = app.extensions["cache_strategies"].store
+def linked():
+    end = time.monotonic() + 5
+    while store._feed is None or not store._feed.is_linked:
+        assert time.monotonic() < end
+        cache.get("x"); gevent.sleep(0.01)
+cache.set("k", 0); linked()
+pid = os.fork()
+if pid == 0:
+    linked()
+    for number in range(1, 201):
+        cache.set("k", number)
+        gevent.sleep(0.005)
+    os._exit(0)
+seen, end = set(), time.monotonic() + 10
+while cache.get("k") != 200:
+    assert time.monotonic() < end, cache.get("k")
+    seen.add(cache.get("k"))
+    gevent.sleep(0.002)
+assert store._feed.is_linked
+assert len(seen) > 50, len(seen)
+os.waitpid(pid, 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
