@@ -28,6 +28,9 @@ bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/ours_metrics.py
 	.venv-bench/bin/python benchmarks/logging_rate.py --valgrind
 	.venv-bench/bin/python benchmarks/fairness.py
+	.venv-bench/bin/python benchmarks/cache.py --valgrind
+	.venv-bench/bin/python benchmarks/hitrate.py
+	.venv-bench/bin/python benchmarks/stampede.py --rounds 3
 
 generate: .venv/.run
 	$(BIN)/python deploy/generate.py

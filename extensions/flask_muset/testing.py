@@ -9,14 +9,18 @@ Nothing in here is used by the extensions themselves.
 import random
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.resilience.guards import current_outcome
 from flask_muset.resilience.policy import Policy
 
-__all__ = ["Faults", "VirtualClock", "faults", "virtual_clock"]
+if TYPE_CHECKING:
+    from flask_muset.cache_strategies.conformance import CacheStoreSuite
+
+__all__ = ["CacheStoreSuite", "Faults", "VirtualClock", "faults", "virtual_clock"]
 
 #: 2030-01-01, so that virtual times are not taken for real ones.
 _EPOCH_S = 1_893_456_000.0
@@ -136,3 +140,10 @@ def faults(policy: Policy, script: Mapping[int, Fault]) -> Iterator[Faults]:
         yield seen
     finally:
         restore()
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when it is first used, because it needs the extra `cache`.
+    if name != "CacheStoreSuite":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("flask_muset.cache_strategies.conformance").CacheStoreSuite

@@ -7,14 +7,13 @@ import time
 import pytest
 from redis_server import redis_server  # noqa: F401 - a fixture
 
-from flask_muset.cache_strategies.conformance import CacheStoreSuite
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.tiered_store import TieredStore
 from flask_muset.clock import SYSTEM
 from flask_muset.redis import GuardedRedis
-from flask_muset.testing import virtual_clock
+from flask_muset.testing import CacheStoreSuite, virtual_clock
 
 
 @pytest.fixture
