@@ -88,8 +88,9 @@ def test_the_ten_metrics_of_the_guide(service, prove, tmp_path):
                 requests.post(
                     f"{service.url}/api/v1/documents", json=body, headers=service.headers, timeout=5
                 )
-            question = {"question": "How many queens has a bee colony?"}
-            for _ in range(4):
+            # The last one is asked twice, and answered from the cache.
+            for k in (1, 2, 3, 4, 4):
+                question = {"question": "How many queens has a bee colony?", "k": k}
                 answer = requests.post(
                     f"{service.url}/api/v1/ask", json=question, headers=service.headers, timeout=5
                 )
@@ -97,8 +98,12 @@ def test_the_ten_metrics_of_the_guide(service, prove, tmp_path):
             assert requests.get(f"{service.url}/api/v1/documents", timeout=5).status_code == 401
             ask = 'method="POST",endpoint="/api/v1/ask"'
             expected = {
-                f'muset_http_requests_total{{{ask},status_code="200"}}': 4,
-                f"muset_http_request_duration_seconds_count{{{ask}}}": 4,
+                f'muset_http_requests_total{{{ask},status_code="200"}}': 5,
+                f"muset_http_request_duration_seconds_count{{{ask}}}": 5,
+                'muset_cache_operations_total{operation="get",status="miss"}': 4,
+                'muset_cache_operations_total{operation="get",status="hit"}': 1,
+                'muset_cache_operations_total{operation="load",status="ok"}': 4,
+                "muset_cache_get_duration_seconds_count": 5,
                 'muset_ai_requests_total{model="extractive",status="success"}': 4,
                 'muset_ai_request_duration_seconds_count{model="extractive"}': 4,
                 'muset_database_queries_total{operation="insert",table="documents"}': 1,
