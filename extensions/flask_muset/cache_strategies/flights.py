@@ -1,7 +1,6 @@
 """Which loads go on in this process, who waits for them, and who would wait for himself."""
 
 import os
-import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
@@ -9,7 +8,7 @@ from typing import Any
 
 from flask_muset.cache_strategies.entry import Entry
 from flask_muset.clock import SYSTEM
-from flask_muset.locks import give_lock, is_patched
+from flask_muset.locks import give_lock, make_event
 
 __all__ = ["Flight", "Flights", "Pauses", "is_nested", "wait_for"]
 
@@ -64,7 +63,7 @@ class Flight:
         self.entry: Entry | None = None
         self.error: Exception | None = None
         self.traceback: Any = None
-        self._event = _make_event()
+        self._event = make_event()
         self._is_awaited = False
         self._outer: Flight | None = None
         self._waits_for: list[Flight] = []
@@ -87,15 +86,6 @@ class Flight:
 
 #: The load of which the current work is a part; work that `context.spawn` starts is part of it too.
 _current: ContextVar[Flight | None] = ContextVar("flask_muset.cache_load", default=None)
-
-
-def _make_event() -> Any:
-    if is_patched():
-        # Far cheaper than the patched threading.Event, which is built of locks.
-        from gevent.event import Event
-
-        return Event()
-    return threading.Event()
 
 
 def _chain() -> list[Flight]:
