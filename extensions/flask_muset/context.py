@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import secrets
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import IntEnum
@@ -24,7 +23,7 @@ from flask import Flask, Request, current_app, has_app_context, has_request_cont
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
-from flask_muset.locks import is_patched
+from flask_muset.locks import run_beside
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
@@ -451,10 +450,4 @@ def spawn(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         with block:
             return fn(*args, **kwargs)
 
-    if is_patched():
-        import gevent
-
-        return gevent.spawn(variables.run, run)
-    thread = threading.Thread(target=variables.run, args=(run,), daemon=True)
-    thread.start()
-    return thread
+    return run_beside(run, variables=variables)

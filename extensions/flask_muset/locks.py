@@ -1,18 +1,29 @@
-"""Locks for a few counters, the same under threads, under gevent and after a fork.
+"""What differs between threads and greenlets, and after a fork: locks, events, work beside others.
 
-They are the operating system's, patched or not: what they protect never waits, so under gevent
-nobody ever contends for one, and a lock that was made before gevent patched can neither let two
-greenlets in nor stop the process. Nothing may be called under one that could switch greenlets.
+The locks are for a few counters. They are the operating system's, patched or not: what they protect
+never waits, so under gevent nobody ever contends for one, and a lock that was made before gevent
+patched can neither let two greenlets in nor stop the process. Nothing may be called under one that
+could switch greenlets.
 """
 
 import _thread  # noqa: F401 - `original` looks it up
+import contextvars
 import os
 import sys
 import threading
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-__all__ = ["give_lock", "is_patched", "make_event", "original", "refuse_asyncio_under_gevent"]
+__all__ = [
+    "give_lock",
+    "is_patched",
+    "make_event",
+    "original",
+    "refuse_asyncio_under_gevent",
+    "run_beside",
+]
 
 _owners: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
@@ -23,14 +34,48 @@ def is_patched(module: str = "threading") -> bool:
     return monkey is not None and bool(monkey.is_module_patched(module))
 
 
-def make_event() -> Any:
-    """Something to wait for: `set`, `is_set` and `wait`, for greenlets or for threads."""
-    if is_patched():
+def make_event(module: str = "threading") -> Any:
+    """Something to wait for: `set`, `is_set` and `wait`.
+
+    Args:
+        module: It is for greenlets where gevent has patched this, else for threads.
+    """
+    if is_patched(module):
         # Far cheaper than the patched threading.Event, which is built of locks.
         from gevent.event import Event
 
         return Event()
     return threading.Event()
+
+
+def run_beside(
+    run: Callable[[], object],
+    *,
+    name: str | None = None,
+    variables: contextvars.Context | None = None,
+    module: str = "threading",
+) -> Any:
+    """Run something beside the current work.
+
+    Args:
+        run: What is run.
+        name: Of the thread.
+        variables: The context that it runs in; None for a new one, with neither a deadline nor an
+            app of the caller.
+        module: It is a greenlet where gevent has patched this, else a daemon thread.
+
+    Returns:
+        The greenlet or the thread, started.
+    """
+    context = contextvars.Context() if variables is None else variables
+    target = partial(context.run, run)
+    if is_patched(module):
+        import gevent
+
+        return gevent.spawn(target)
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def refuse_asyncio_under_gevent() -> None:
@@ -65,14 +110,23 @@ def _allocate() -> Any:
 
 
 def give_lock(owner: Any) -> None:
-    """Set `owner._lock`, and set it anew in a forked child, whose parent may have held it."""
+    """Set `owner._lock`, and set it anew in a forked child, whose parent may have held it.
+
+    There, once all locks are new, `owner._forked()` is called where there is such a method. It runs
+    before gevent has its hub ready.
+    """
     owner._lock = _allocate()
     _owners.add(owner)
 
 
-def _renew() -> None:
-    for owner in list(_owners):
+def _begin_anew() -> None:
+    owners = list(_owners)
+    for owner in owners:
         owner._lock = _allocate()
+    for owner in owners:
+        forked = getattr(owner, "_forked", None)
+        if forked is not None:
+            forked()
 
 
-os.register_at_fork(after_in_child=_renew)
+os.register_at_fork(after_in_child=_begin_anew)

@@ -28,14 +28,11 @@ sent twice, flushed or unpickled. Needs the extra `redis`.
 """
 
 import _socket
-import contextvars
 import hashlib
 import logging
 import math
 import os
 import select
-import threading
-import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -64,7 +61,7 @@ from flask_muset.errors import (
     OperationTimeoutError,
     OverloadedError,
 )
-from flask_muset.locks import give_lock, is_patched, original
+from flask_muset.locks import give_lock, is_patched, make_event, original, run_beside
 from flask_muset.signals import LinkEvent, redis_link_changed
 
 __all__ = ["GuardedRedis", "Script", "abandon"]
@@ -159,7 +156,6 @@ class GuardedRedis:
         self._link: _Link | None = None
         self._inherited: _Link | None = None
         give_lock(self)
-        _clients.add(self)
 
     _lock: Any
 
@@ -321,21 +317,10 @@ class GuardedRedis:
             self.on_change(state)
 
     def _forked(self) -> None:
-        """Runs in a forked child, before gevent has its hub ready: nothing is closed here."""
+        """In a child nothing can be closed yet."""
         self._inherited, self._link = self._link, None
         if self._inherited is not None:
             self._inherited.abandon()
-
-
-_clients: "weakref.WeakSet[GuardedRedis]" = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    for client in list(_clients):
-        client._forked()
-
-
-os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _maker(url: str) -> Callable[..., Any]:
@@ -693,9 +678,8 @@ class _Link:
         self._budget_s = budget_s
         self._make = make
         self._is_patched = is_patched("socket")
-        make_event = _gevent_event if self._is_patched else threading.Event
-        self.pool = _Pool(max_connections, make, make_event)
-        self._closed = make_event()
+        self.pool = _Pool(max_connections, make, partial(make_event, "socket"))
+        self._closed = make_event("socket")
         self._get_ident = original("_thread", "get_ident")
         self._thread = self._get_ident() if self._is_patched else None
         #: Goes up with the link: a call that began before says nothing about the new time.
@@ -845,14 +829,7 @@ class _Link:
     # --- Its prober
 
     def _start(self, prober: object) -> None:
-        # In a context of its own: no deadline and no app of the call that failed.
-        probe = partial(contextvars.Context().run, self._probe, prober)
-        if self._is_patched:
-            import gevent
-
-            gevent.spawn(probe)
-        else:
-            threading.Thread(target=probe, name=f"{self.name}-prober", daemon=True).start()
+        run_beside(partial(self._probe, prober), name=f"{self.name}-prober", module="socket")
 
     def _probe(self, prober: object) -> None:
         """Send PING, at once and then from time to time, until it is answered."""
@@ -897,13 +874,3 @@ def _exchange(
     except BaseException:
         slot.drop()
         raise
-
-
-# --- Where gevent is ------------------------------------------------------------------------------
-
-
-def _gevent_event() -> Any:
-    # Far cheaper than the patched threading.Event, which is built of locks.
-    from gevent.event import Event
-
-    return Event()

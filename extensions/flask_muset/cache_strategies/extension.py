@@ -1,8 +1,6 @@
 """CacheStrategies: binds the cache to a Flask app."""
 
-import contextvars
 import math
-import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +19,7 @@ from flask_muset.cache_strategies.loading import Answer, Outcome
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.manager import KEY, WHAT, CacheManager
 from flask_muset.cache_strategies.stores import Store
-from flask_muset.locks import is_patched
+from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis
 from flask_muset.signals import CacheEvent, cache_operated
 
@@ -254,10 +252,4 @@ def _in_background(app: Flask, run: Callable[[], Any]) -> None:
         with app.app_context():
             run()
 
-    target = partial(contextvars.Context().run, work)
-    if is_patched():
-        import gevent
-
-        gevent.spawn(target)
-    else:
-        threading.Thread(target=target, name="cache-refresh", daemon=True).start()
+    run_beside(work, name="cache-refresh")

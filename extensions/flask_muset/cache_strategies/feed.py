@@ -6,19 +6,16 @@ emptied whenever the link begins anew, and while there is none, only lately kept
 """
 
 import contextlib
-import contextvars
 import logging
-import threading
 import time
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 from redis.exceptions import RedisError, TimeoutError  # noqa: A004 - redis-py's own
 
 from flask_muset.clock import SYSTEM
-from flask_muset.locks import is_patched
+from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis, abandon
 
 __all__ = ["Feed", "Listener"]
@@ -82,8 +79,7 @@ class Feed:
         self._connection: Any = None
         #: Whether it is heard.
         self.is_linked = False
-        # In a context of its own: neither a deadline nor an app of whoever was first.
-        _run_beside(partial(contextvars.Context().run, self._run))
+        run_beside(self._run, name="cache-feed")
         weakref.finalize(listener, self.close).atexit = False
 
     def abandon(self) -> None:
@@ -166,12 +162,3 @@ class Feed:
                 text = data[SENDER_BYTES:].decode("utf-8", "surrogateescape")
                 self._tell(lambda listener: listener.heard(text[:1], text[1:]))
         return False
-
-
-def _run_beside(run: Callable[[], None]) -> None:
-    if is_patched():
-        import gevent
-
-        gevent.spawn(run)
-    else:
-        threading.Thread(target=run, name="cache-feed", daemon=True).start()

@@ -1,7 +1,5 @@
 """Which loads go on in this process, who waits for them, and who would wait for himself."""
 
-import os
-import weakref
 from collections.abc import Callable
 from contextvars import ContextVar, Token
 from typing import Any
@@ -153,7 +151,6 @@ class Flights:
         self._by_key: dict[str, Flight] = {}
         self._beside: set[Flight] = set()
         give_lock(self)
-        _all.add(self)
 
     _lock: Any
 
@@ -280,14 +277,3 @@ class Pauses:
     def end(self, key: str) -> None:
         """Try again."""
         self._until.pop(key, None)
-
-
-_all: "weakref.WeakSet[Flights]" = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    for flights in list(_all):
-        flights._forked()
-
-
-os.register_at_fork(after_in_child=_begin_anew)

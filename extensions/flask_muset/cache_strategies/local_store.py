@@ -3,8 +3,6 @@
 Whatever is decided about a key is decided under one lock, and nobody waits while he holds it.
 """
 
-import os
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +62,6 @@ class LocalStore:
         self._now_us = 0
         self._let_all_go()
         give_lock(self)
-        _stores.add(self)
 
     def _let_all_go(self) -> None:
         #: By key: `began_us` of its load, and until when others wait for it.
@@ -278,17 +275,6 @@ class LocalStore:
     def _forked(self) -> None:
         """Who loads or writes in the parent does not in the child."""
         self._let_all_go()
-
-
-_stores: "weakref.WeakSet[LocalStore]" = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for store in list(_stores):
-        store._forked()
-
-
-os.register_at_fork(after_in_child=_forked)
 
 
 def _name(busy: Busy | None) -> str:

@@ -7,8 +7,6 @@ passes through without driving out what is in use. A hit only counts up, and tak
 Source: J. Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023.
 """
 
-import os
-import weakref
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -103,7 +101,6 @@ class Memory:
         self._empty()
         give_lock(self)
         self._lock_at_fork = self._lock
-        _memories.add(self)
 
     def _empty(self) -> None:
         self._kept: dict[str, _Kept] = {}
@@ -399,18 +396,6 @@ class Memory:
             self._note_many_dropped()
             self._empty()
         self._lock_at_fork = self._lock
-
-
-_memories: "weakref.WeakSet[Memory]" = weakref.WeakSet()
-
-
-def _forked() -> None:
-    for memory in list(_memories):
-        memory._forked()
-
-
-# The locks themselves are new by now: flask_muset.locks was imported before.
-os.register_at_fork(after_in_child=_forked)
 
 
 def _weight(key: str, entry: Entry) -> int:

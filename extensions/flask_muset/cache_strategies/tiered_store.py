@@ -5,11 +5,8 @@ While Redis is away the memory and loads go on alone; what could not be made inv
 as Redis is back, before anything is read there again.
 """
 
-import contextvars
 import logging
-import os
 import secrets
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +25,7 @@ from flask_muset.errors import (
     OperationTimeoutError,
     OverloadedError,
 )
-from flask_muset.locks import give_lock, is_patched, make_event
+from flask_muset.locks import give_lock, make_event, run_beside
 from flask_muset.redis import GuardedRedis
 
 __all__ = ["TieredStore"]
@@ -125,7 +122,6 @@ class TieredStore:
         changed = weakref.WeakMethod(self._link_changed)
         # Weak: the feed has the client, and must not keep the store.
         redis.on_change = lambda state: _call(changed(), state)
-        _stores.add(self)
 
     _lock: Any
 
@@ -228,7 +224,7 @@ class TieredStore:
         self.memory.trusted_until = since + self._unlinked_s
         if self._repairs and self._redis.state == "up":
             # What Redis has refused, or what this process had no time for.
-            _run_beside(self._repair)
+            run_beside(self._repair, name="cache-repair")
 
     def heard(self, kind: str, text: str) -> None:
         """Another process has made something invalid."""
@@ -366,7 +362,7 @@ class TieredStore:
         finally:
             if got is None and self._redis.state == "up" and SYSTEM.now() >= self._resume_at:
                 # It may have been given all the same, and nobody would settle it.
-                _run_beside(partial(self._abandon, Lease(key, token, 0)))
+                run_beside(partial(self._abandon, Lease(key, token, 0)), name="cache-leases")
         return Lease(key, b"", 0, mark) if got is None else self._leased(key, got, mark)
 
     def _abandon(self, lease: Lease) -> None:
@@ -401,7 +397,7 @@ class TieredStore:
             if self._is_renewing:
                 return
             self._is_renewing = True
-        _run_beside(self._renew)
+        run_beside(self._renew, name="cache-leases")
 
     def _renew(self) -> None:
         """Let the leases of loads that take long last, until there are none."""
@@ -592,17 +588,6 @@ class TieredStore:
         self._entries = self._make_entries()
 
 
-def _run_beside(run: Callable[[], object]) -> None:
-    """Run in a context of its own: neither a deadline nor an app of the caller."""
-    target = partial(contextvars.Context().run, run)
-    if is_patched():
-        import gevent
-
-        gevent.spawn(target)
-    else:
-        threading.Thread(target=target, name="cache-leases", daemon=True).start()
-
-
 def _described(entry: Entry, now: float) -> dict[str, Any]:
     return {
         "age_s": now - entry.created_at,
@@ -612,14 +597,3 @@ def _described(entry: Entry, now: float) -> dict[str, Any]:
         "tags": list(entry.tags),
         "is_negative": entry.is_negative,
     }
-
-
-_stores: "weakref.WeakSet[TieredStore]" = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    for store in list(_stores):
-        store._forked()
-
-
-os.register_at_fork(after_in_child=_begin_anew)

@@ -67,7 +67,6 @@ class Store:
         give_lock(self)
         if folder is not None:
             os.makedirs(folder, exist_ok=True)
-            _with_files.add(self)
 
     def cell(self, kind: str, key: bytes) -> Cell:
         """Return the cell of a key, the same one at each call."""
@@ -129,22 +128,13 @@ class Store:
             page = self._pages[cell.kind] = _Page(file_for(self.folder, cell.kind, os.getpid()))
         return page.place(cell.key)
 
-    def forget_parent(self) -> None:
-        """In a forked child: the files are the parent's; make others when they are needed."""
+    def _forked(self) -> None:
+        """In a child: the files are the parent's; make others when they are needed."""
+        if self.folder is None:
+            return
         self._pages = {}
         for cell in self._cells.values():
             cell.view = None
-
-
-_with_files: "weakref.WeakSet[Store]" = weakref.WeakSet()
-
-
-def _after_fork() -> None:
-    for store in list(_with_files):
-        store.forget_parent()
-
-
-os.register_at_fork(after_in_child=_after_fork)
 
 
 # --- Files ----------------------------------------------------------------------------------------
