@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import inspect
 import threading
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from functools import partial, wraps
 from typing import Any, ParamSpec, TypeVar, overload
@@ -20,7 +19,7 @@ from flask_muset.cache_strategies.entry import ABSENT
 from flask_muset.cache_strategies.flights import is_nested
 from flask_muset.cache_strategies.keys import KeyMaker, check_key
 from flask_muset.cache_strategies.loading import LoadOptions
-from flask_muset.cache_strategies.manager import check_options, current
+from flask_muset.cache_strategies.manager import check_options, current, options_by_cache
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError
 from flask_muset.locks import refuse_asyncio_under_gevent
@@ -175,18 +174,13 @@ def _decorated(
     expire: float | None,
     options: Mapping[str, Any],
 ) -> Callable[P, Awaitable[R]]:
-    made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
+    options_in = options_by_cache(fn, expire, options)
 
     @wraps(fn)
     async def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         cache = _current()
-        chosen = made.get(cache)
-        if chosen is None:
-            chosen = LoadOptions(expire=cache.lifetime_s(expire), **options)
-            made[cache] = chosen
-            cache.codec.register_returned(fn)
         key = make_key(*args, **kwargs)
-        return await _load(cache, key, partial(fn, *args, **kwargs), chosen)  # type: ignore[no-any-return]
+        return await _load(cache, key, partial(fn, *args, **kwargs), options_in(cache))  # type: ignore[no-any-return]
 
     async def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
         return await cache_manager.delete(make_key(*args, **kwargs))

@@ -26,6 +26,7 @@ from flask_muset.cache_strategies.codec import Unreadable
 from flask_muset.cache_strategies.entry import Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.envelope import pack, unpack
 from flask_muset.cache_strategies.local_store import LocalStore
+from flask_muset.cache_strategies.stores import Changing, Tell, tell_nobody
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import CacheUnavailable
 from flask_muset.locks import give_lock
@@ -71,11 +72,7 @@ class _Away(Exception):  # noqa: N818 - it is none to anybody else
     """The backend has raised an exception."""
 
 
-def _ignore(_operation: str, _status: str, _duration_s: float | None) -> None:
-    pass
-
-
-class BackendStore:
+class BackendStore(Changing):
     """A Store whose entries are in a backend, and whose leases are in this process.
 
     While the backend fails, reads find nothing and changes are remembered: this process serves
@@ -99,7 +96,7 @@ class BackendStore:
         backend: Backend,
         *,
         lease_s: float = 10.0,
-        tell: Callable[[str, str, float | None], None] = _ignore,
+        tell: Tell = tell_nobody,
     ) -> None:
         self._backend = backend
         self._name = type(backend).__name__
@@ -190,22 +187,6 @@ class BackendStore:
         return max(there, self._since.get(name, 0), self._owed.get(name, 0))
 
     # --- Changing
-
-    def write(self, key: str, entry: Entry, /) -> bool:
-        """Keep an entry, whatever was there."""
-        return self._change({key: entry})
-
-    def write_many(self, entries: Mapping[str, Entry], /) -> bool:
-        """Keep several, one after the other."""
-        return self._change(entries)
-
-    def delete(self, key: str, /) -> bool:
-        """Forget one entry."""
-        return self._change({key: None})
-
-    def delete_many(self, keys: Sequence[str], /) -> bool:
-        """Forget several, one after the other."""
-        return self._change(dict.fromkeys(keys))
 
     def _change(self, changes: Mapping[str, Entry | None]) -> bool:
         self._turns.delete_many(list(changes))
@@ -394,14 +375,7 @@ class BackendStore:
             "repairs": len(self._owed),
         }
         if entry is not None:
-            said |= {
-                "age_s": now - entry.created_at,
-                "fresh_for_s": entry.fresh_until - now,
-                "gone_in_s": entry.gone_at - now,
-                "bytes": len(entry.payload),
-                "tags": list(entry.tags),
-                "is_negative": entry.is_negative,
-            }
+            said |= entry.describe(now)
         return said
 
     def close(self) -> None:

@@ -9,15 +9,13 @@ from flask_muset.cache_strategies.entry import ABSENT, NEVER, Entry
 from flask_muset.cache_strategies.keys import check_key
 from flask_muset.cache_strategies.loading import Answer, Loader, LoadOptions, Outcome
 from flask_muset.cache_strategies.patterns import compile_pattern
-from flask_muset.cache_strategies.stores import Store
+from flask_muset.cache_strategies.stores import Store, Tell
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
 from flask_muset.errors import NotFoundError
 from flask_muset.signals import cache_operated
 
 __all__ = ["Cache", "check_tags"]
-
-Tell = Callable[[str, str, float | None], None]
 
 
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
@@ -156,7 +154,7 @@ class Cache:
         self, key: str, value: Any, expire: float | None = None, *, tags: Iterable[str] = ()
     ) -> bool:
         """Keep a value."""
-        entry = self._entry(value, expire, tags)
+        entry = self._entry(value, expire, check_tags(tags))
         return self._done("set", [key], self.store.write(check_key(key), entry))
 
     def set_many(
@@ -167,9 +165,9 @@ class Cache:
         tags: Iterable[str] = (),
     ) -> bool:
         """Keep several values."""
-        tags = check_tags(tags)
+        known = check_tags(tags)
         entries = {
-            check_key(key): self._entry(value, expire, tags) for key, value in values.items()
+            check_key(key): self._entry(value, expire, known) for key, value in values.items()
         }
         return self._done("set", entries, self.store.write_many(entries))
 
@@ -216,7 +214,7 @@ class Cache:
             self._tell(operation, "ok" if is_done else "queued", None)
         return is_done
 
-    def _entry(self, value: Any, expire: float | None, tags: Iterable[str]) -> Entry:
+    def _entry(self, value: Any, expire: float | None, tags: tuple[str, ...]) -> Entry:
         lifetime = self.lifetime_s(expire)
         now = SYSTEM.now()
         until = NEVER if lifetime is None else now + lifetime
@@ -225,7 +223,7 @@ class Cache:
             created_at=now,
             fresh_until=until,
             gone_at=until,
-            tags=check_tags(tags),
+            tags=tags,
         )
 
     def lifetime_s(self, expire: float | None) -> float | None:
@@ -272,14 +270,14 @@ class Cache:
     ) -> bool:
         """Write the source, then the cache."""
         # Before the source is written: what cannot be kept must not leave the two apart.
-        tags = check_tags(tags)
-        self._entry(value, expire, tags)
+        known = check_tags(tags)
+        self._entry(value, expire, known)
         write, written = self.store.begin_write(check_key(key)), None
         try:
             self._loader.detach(key)
             _refuse_awaitable(write_func(value))
             # As it is now: it may have got its id from the source.
-            written = self._entry(value, expire, tags)
+            written = self._entry(value, expire, known)
         finally:
             is_done = self.store.end_write(write, written)
             self._loader.detach(key)

@@ -73,6 +73,21 @@ class Entry:
         self.began_us = began_us
         self.shared: Any = ABSENT
 
+    def describe(self, now: float) -> dict[str, Any]:
+        """What there is to say of it, for people.
+
+        Args:
+            now: `SYSTEM.now()`, from which its age and what is left of it are counted, in seconds.
+        """
+        return {
+            "age_s": now - self.created_at,
+            "fresh_for_s": self.fresh_until - now,
+            "gone_in_s": self.gone_at - now,
+            "bytes": len(self.payload),
+            "tags": list(self.tags),
+            "is_negative": self.is_negative,
+        }
+
     def __repr__(self) -> str:
         return f"<Entry of {len(self.payload)} bytes, created at {self.created_at:.3f}>"
 

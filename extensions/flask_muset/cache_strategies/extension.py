@@ -18,7 +18,7 @@ from flask_muset.cache_strategies.flask_caching_backend import StoreBackend
 from flask_muset.cache_strategies.loading import Answer, Outcome
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.manager import KEY, WHAT, CacheManager
-from flask_muset.cache_strategies.stores import Store
+from flask_muset.cache_strategies.stores import Store, Tell
 from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis
 from flask_muset.signals import CacheEvent, cache_operated
@@ -40,7 +40,7 @@ class _State:
     store: Store
     codec: Codec
     redis: GuardedRedis | None
-    tell: Callable[[str, str, float | None], None]
+    tell: Tell
     detach: Callable[[str, str], None]
     flask_cache: flask_caching.Cache | None = None
 
@@ -148,7 +148,7 @@ class CacheStrategies(CacheManager):
         app: Flask,
         config: Config,
         redis: GuardedRedis | None,
-        tell: Callable[[str, str, float | None], None],
+        tell: Tell,
     ) -> Store:
         if not config.enabled:
             return LocalStore(0)

@@ -260,12 +260,7 @@ class LocalStore:
             return {"level": None, "lease": lease}
         return {
             "level": "memory",
-            "age_s": now - entry.created_at,
-            "fresh_for_s": entry.fresh_until - now,
-            "gone_in_s": entry.gone_at - now,
-            "bytes": len(entry.payload),
-            "tags": list(entry.tags),
-            "is_negative": entry.is_negative,
+            **entry.describe(now),
             "lease": lease,
         }
 

@@ -21,7 +21,7 @@ __all__ = [
     "cached",
     "check_options",
     "current",
-    "load_options",
+    "options_by_cache",
 ]
 
 KEY = "cache_strategies"
@@ -193,10 +193,17 @@ class CacheManager:
             Exception: What `fetch_func` has raised.
         """
         cache = self._cache()
-        options = load_options(
-            cache.lifetime_s(expire), check_tags(tags), stale_while_revalidate, stale_if_error,
-            refresh_backoff, soft_timeout, hard_timeout, negative_expire, immutable,
-        )  # fmt: skip
+        options = _load_options(
+            expire=cache.lifetime_s(expire),
+            tags=check_tags(tags),
+            stale_while_revalidate=stale_while_revalidate,
+            stale_if_error=stale_if_error,
+            refresh_backoff=refresh_backoff,
+            soft_timeout=soft_timeout,
+            hard_timeout=hard_timeout,
+            negative_expire=negative_expire,
+            immutable=immutable,
+        )
         return cache.load(check_key(key), fetch_func, options)  # type: ignore[no-any-return]
 
     def write_through(
@@ -270,24 +277,13 @@ def _decorated(
     expire: float | None,
     options: Mapping[str, Any],
 ) -> Callable[P, R]:
-    made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
-    find = manager._cache
-    # The last one is found without a look into the dictionary: most processes have one app.
-    last: tuple[Callable[[], Cache | None], LoadOptions] | None = None
+    find, options_in = manager._cache, options_by_cache(fn, expire, options)
 
     @wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal last
-        cache, found = find(), last
-        if found is None or found[0]() is not cache:
-            found = last = weakref.ref(cache), made.get(cache) or choose(cache)
+        cache = find()
         key = make_key(*args, **kwargs)
-        return cache.load(key, partial(fn, *args, **kwargs), found[1])  # type: ignore[no-any-return]
-
-    def choose(cache: Cache) -> LoadOptions:
-        cache.codec.register_returned(fn)
-        found = made[cache] = LoadOptions(expire=cache.lifetime_s(expire), **options)
-        return found
+        return cache.load(key, partial(fn, *args, **kwargs), options_in(cache))  # type: ignore[no-any-return]
 
     def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
         return find().delete(make_key(*args, **kwargs))
@@ -297,36 +293,39 @@ def _decorated(
     return wrapper
 
 
+def options_by_cache(
+    fn: Callable[..., Any], expire: float | None, options: Mapping[str, Any]
+) -> Callable[[Cache], LoadOptions]:
+    """What gives the options of a decorated function in each app's cache.
+
+    Before a cache is asked for the first time, it learns of the classes that the function returns.
+    """
+    made: weakref.WeakKeyDictionary[Cache, LoadOptions] = weakref.WeakKeyDictionary()
+    # The last one is found without a look into the dictionary: most processes have one app.
+    last: tuple[Callable[[], Cache | None], LoadOptions] | None = None
+
+    def options_in(cache: Cache) -> LoadOptions:
+        nonlocal last
+        found = last
+        if found is None or found[0]() is not cache:
+            found = last = weakref.ref(cache), made.get(cache) or make(cache)
+        return found[1]
+
+    def make(cache: Cache) -> LoadOptions:
+        cache.codec.register_returned(fn)
+        chosen = made[cache] = LoadOptions(expire=cache.lifetime_s(expire), **options)
+        return chosen
+
+    return options_in
+
+
 def check_options(expire: float | None, options: Mapping[str, Any]) -> None:
     """Refuse wrong options where a function is decorated, whatever the app's default is."""
     LoadOptions(**{**options, "expire": 1.0 if expire in (None, math.inf) else expire})
 
 
-@lru_cache(maxsize=1024)
-def load_options(
-    expire: float | None,
-    tags: tuple[str, ...],
-    stale_while_revalidate: float,
-    stale_if_error: float,
-    refresh_backoff: float | None,
-    soft_timeout: float | None,
-    hard_timeout: float | None,
-    negative_expire: float | None,
-    immutable: bool,
-) -> LoadOptions:
-    """Checked options, made once for calls that are alike."""
-    return LoadOptions(
-        expire=expire,
-        tags=tags,
-        stale_while_revalidate=stale_while_revalidate,
-        stale_if_error=stale_if_error,
-        refresh_backoff=refresh_backoff,
-        soft_timeout=soft_timeout,
-        hard_timeout=hard_timeout,
-        negative_expire=negative_expire,
-        immutable=immutable,
-    )
-
+#: Checked options, made once for calls that are alike: a check costs more than a hit.
+_load_options = lru_cache(maxsize=1024)(LoadOptions)
 
 #: The cache of the current app; outside of any, of the only app that has one.
 cache_manager = CacheManager()

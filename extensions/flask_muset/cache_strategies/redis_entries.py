@@ -27,8 +27,9 @@ __all__ = ["RedisEntries"]
 #: Keys of one command at most, so that none holds Redis up.
 _AT_ONCE = 500
 _SCAN_COUNT = 1000
-#: A tagged entry of this age is dead, so that tags need not be remembered for ever.
+#: Tags that are remembered; what is forgotten makes all that is older invalid.
 _MOST_TAGS = 100_000
+#: A tagged entry of this age is dead, so that tags need not be remembered for ever.
 _HORIZON_US = 365 * 86_400 * 1_000_000
 #: A write of the source that takes longer leaves no value behind.
 _WRITE_LEASE_S = 30.0
@@ -109,9 +110,7 @@ class RedisEntries:
         return found
 
     def _open(self, data: bytes) -> Entry | None:
-        shift_us = self._shift_us
-        if shift_us is None:
-            shift_us = self.shift_us
+        shift_us = self.shift_us
         try:
             entry = unpack(data, shift_us)
         except Unreadable:

@@ -4,12 +4,20 @@ A store answers within its own bound of time and never raises because it is away
 a cache that is away is a miss.
 """
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from flask_muset.cache_strategies.entry import Busy, Entry, Lease, Write
 
-__all__ = ["Store"]
+__all__ = ["Changing", "Store", "Tell", "tell_nobody"]
+
+#: Is told of an operation: its name, how it went, and its seconds where it was timed.
+Tell = Callable[[str, str, float | None], None]
+
+
+def tell_nobody(_operation: str, _status: str, _duration_s: float | None) -> None:
+    """A `Tell` for those who do not listen."""
 
 
 class Store(Protocol):
@@ -129,3 +137,27 @@ class Store(Protocol):
     def close(self) -> None:
         """Let go of connections and threads; the next use begins anew."""
         ...
+
+
+class Changing(ABC):
+    """The changes of a store to which writing and deleting are one thing."""
+
+    @abstractmethod
+    def _change(self, changes: Mapping[str, Entry | None]) -> bool:
+        """Keep the entries, and forget the keys that have None."""
+
+    def write(self, key: str, entry: Entry, /) -> bool:
+        """Keep an entry, whatever was there."""
+        return self._change({key: entry})
+
+    def write_many(self, entries: Mapping[str, Entry], /) -> bool:
+        """Keep several."""
+        return self._change(entries)
+
+    def delete(self, key: str, /) -> bool:
+        """Forget one entry."""
+        return self._change({key: None})
+
+    def delete_many(self, keys: Sequence[str], /) -> bool:
+        """Forget several."""
+        return self._change(dict.fromkeys(keys))

@@ -18,6 +18,7 @@ from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
 from flask_muset.cache_strategies.memory import Memory
 from flask_muset.cache_strategies.redis_entries import RedisEntries
 from flask_muset.cache_strategies.repairs import Repairs
+from flask_muset.cache_strategies.stores import Changing, Tell, tell_nobody
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import (
     CacheUnavailable,
@@ -48,10 +49,6 @@ def _call(method: Callable[[str], None] | None, state: str) -> None:
         method(state)
 
 
-def _ignore(_operation: str, _status: str, _duration_s: float | None) -> None:
-    pass
-
-
 class _Reading:
     """One reading of one key, for all who wait for it; it may be cut off before it is done."""
 
@@ -79,7 +76,7 @@ class _Reading:
         return self.is_done
 
 
-class TieredStore:
+class TieredStore(Changing):
     """A store of two levels; with a memory of 0 bytes, of Redis alone.
 
     Args:
@@ -97,7 +94,7 @@ class TieredStore:
         max_bytes: int,
         unlinked_s: float = 5.0,
         lease_s: float = 3.0,
-        tell: Callable[[str, str, float | None], None] = _ignore,
+        tell: Tell = tell_nobody,
     ) -> None:
         self.memory = Memory(max_bytes, unlinked_s=unlinked_s)
         self.memory.trusted_until = 0.0
@@ -237,11 +234,8 @@ class TieredStore:
         elif kind == "t":
             at, _, member = text.partition(" ")
             self._note_tag(member, int(at))
-            self._drop_tag(member[1:], keep_stale=member[0] == "e")
-
-    def _drop_tag(self, tag: str, *, keep_stale: bool) -> None:
-        self.memory.invalidate_tag(tag, keep_stale=keep_stale)
-        self._pass_on("all", "")
+            self.memory.invalidate_tag(member[1:], keep_stale=member[0] == "e")
+            self._pass_on("all", "")
 
     def _pass_on(self, what: str, name: str) -> None:
         if self.on_invalid is not None:
@@ -423,22 +417,6 @@ class TieredStore:
 
     # --- Writes
 
-    def write(self, key: str, entry: Entry, /) -> bool:
-        """Keep an entry in both levels."""
-        return self._change({key: entry})
-
-    def write_many(self, entries: Mapping[str, Entry], /) -> bool:
-        """Keep several."""
-        return self._change(entries)
-
-    def delete(self, key: str, /) -> bool:
-        """Forget one entry."""
-        return self._change({key: None})
-
-    def delete_many(self, keys: Sequence[str], /) -> bool:
-        """Forget several."""
-        return self._change(dict.fromkeys(keys))
-
     def _change(self, changes: Mapping[str, Entry | None]) -> bool:
         for key in changes:
             self.memory.drop(key)
@@ -547,7 +525,7 @@ class TieredStore:
 
     def explain(self, key: str, /) -> dict[str, Any]:
         """What there is in each level."""
-        now, feed = SYSTEM.now(), self._feed
+        feed = self._feed
         inside, below, redis = self.memory.get(key), None, None
         entries = self._reach()
         if entries is not None:
@@ -558,7 +536,7 @@ class TieredStore:
         entry = inside or below
         return {
             "level": "memory" if inside else "redis" if below else None,
-            **(_described(entry, now) if entry else {}),
+            **(entry.describe(SYSTEM.now()) if entry else {}),
             "redis": {"state": self._redis.state, **(redis or {})},
             "lease": redis["lease"] if redis else "unknown",
             "invalidations": "linked" if feed and feed.is_linked else "not linked",
@@ -586,14 +564,3 @@ class TieredStore:
         self.memory.trusted_until = 0.0
         self.memory.clear()
         self._entries = self._make_entries()
-
-
-def _described(entry: Entry, now: float) -> dict[str, Any]:
-    return {
-        "age_s": now - entry.created_at,
-        "fresh_for_s": entry.fresh_until - now,
-        "gone_in_s": entry.gone_at - now,
-        "bytes": len(entry.payload),
-        "tags": list(entry.tags),
-        "is_negative": entry.is_negative,
-    }
