@@ -104,6 +104,8 @@ class Feed:
                 # A link that breaks may be made anew at once; one that cannot, or that falls
                 # silent, has nobody at its end.
                 self._was_away = not self.is_linked or isinstance(error, TimeoutError)
+                if not isinstance(error, RedisError | OSError):
+                    _log.warning("a message about invalid entries cannot be read", exc_info=error)
                 if self.is_linked and not self._is_closed:
                     pause_s = _FIRST_PAUSE_S
                     _log.info("the link for invalidations is lost: %s", error)

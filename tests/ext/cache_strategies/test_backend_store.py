@@ -10,7 +10,6 @@ import pytest
 import redis
 from flask_caching.backends import FileSystemCache, NullCache, RedisCache, SimpleCache
 from patched import run_patched
-from redis_server import redis_server as redis_server
 
 from flask_muset.cache_strategies import backend_store
 from flask_muset.cache_strategies.backend_store import BackendStore
@@ -19,14 +18,6 @@ from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease
 from flask_muset.cache_strategies.envelope import pack
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import CacheUnavailable
-from flask_muset.testing import virtual_clock
-
-
-@pytest.fixture
-def clock():
-    """A virtual clock; what expires in the backend does so in real time."""
-    with virtual_clock() as clock:
-        yield clock
 
 
 def entry(payload=b"value", *, lasts_s=600.0, tags=()):

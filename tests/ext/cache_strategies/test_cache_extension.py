@@ -9,7 +9,6 @@ import time
 import flask_caching
 import pytest
 from flask import Flask, jsonify
-from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset import CacheStrategies, aio
 from flask_muset.cache_strategies import CacheStrategy, UnsupportedType, cache_manager, cached
@@ -727,7 +726,7 @@ def test_a_views_own_cache_control_gets_no_age(app):
     assert "Age" not in answer.headers
 
 
-def test_an_app_that_is_gone_leaves_nothing(redis_server):  # noqa: F811
+def test_an_app_that_is_gone_leaves_nothing(redis_server):
     """Its cache, its thread and its connection go with it."""
     import gc
     import weakref

@@ -6,7 +6,6 @@ import urllib.request
 
 import pytest
 from gunicorn_app import serve
-from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset.redis import GuardedRedis
 
@@ -50,7 +49,7 @@ def fetch(port, path):
 
 @pytest.mark.claim("Over HTTP with 4 gunicorn workers: exactly 1 load of a cold key")
 @pytest.mark.parametrize("preload", [False, True])
-def test_one_load_for_all_workers(redis_server, tmp_path, preload, prove):  # noqa: F811
+def test_one_load_for_all_workers(redis_server, tmp_path, preload, prove):
     """100 clients at once, 4 worker processes, preloaded or not: the source is asked once."""
     options = ["--workers", "4", *(["--preload"] if preload else [])]
     client = GuardedRedis(redis_server.url, budget_s=2)
@@ -79,7 +78,7 @@ def test_one_load_for_all_workers(redis_server, tmp_path, preload, prove):  # no
     prove.figure(f"{rounds} rounds of 100 clients on {len(pids)} workers, 1 load each")
 
 
-def test_a_write_in_one_worker_is_seen_by_all(redis_server, tmp_path):  # noqa: F811
+def test_a_write_in_one_worker_is_seen_by_all(redis_server, tmp_path):
     """Whichever worker a client meets 100 ms after a write, it has the new value."""
     with serve(tmp_path, _APP.format(url=redis_server.url), "--workers", "3") as (_, port):
         pids = set()

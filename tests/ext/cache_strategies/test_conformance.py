@@ -5,7 +5,6 @@ import threading
 import time
 
 import pytest
-from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.local_store import LocalStore
@@ -14,14 +13,6 @@ from flask_muset.cache_strategies.tiered_store import TieredStore
 from flask_muset.clock import SYSTEM
 from flask_muset.redis import GuardedRedis
 from flask_muset.testing import CacheStoreSuite, virtual_clock
-
-
-@pytest.fixture
-def clock():
-    """A virtual clock."""
-    with virtual_clock() as clock:
-        yield clock
-
 
 # --- Our stores -----------------------------------------------------------------------------------
 
@@ -60,7 +51,7 @@ class TestTieredStore(CacheStoreSuite):
     max_bytes = 64 * 2**20
 
     @pytest.fixture
-    def store(self, redis_server):  # noqa: F811
+    def store(self, redis_server):
         # A budget that a busy machine keeps: what is late is another test's concern.
         client = GuardedRedis(redis_server.url, budget_s=2.0)
         store = TieredStore(client, max_bytes=self.max_bytes)
@@ -79,7 +70,7 @@ class TestLinkedTieredStore(TestTieredStore):
     """A memory that hears of other processes' changes."""
 
     @pytest.fixture
-    def store(self, redis_server):  # noqa: F811
+    def store(self, redis_server):
         client = GuardedRedis(redis_server.url, budget_s=2.0)
         store = TieredStore(client, max_bytes=self.max_bytes)
         store.read("anything")

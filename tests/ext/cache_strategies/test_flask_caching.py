@@ -37,7 +37,6 @@ from hypothesis import strategies as st
 from jinja2 import DictLoader, FileSystemLoader
 from markupsafe import Markup
 from patched import run_patched
-from redis_server import redis_server as redis_server
 from werkzeug.exceptions import Conflict, HTTPException, NotFound
 
 from flask_muset.cache_strategies import CacheStrategies

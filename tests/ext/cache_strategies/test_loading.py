@@ -99,12 +99,6 @@ class Elsewhere(LocalStore):
 
 
 @pytest.fixture
-def clock():
-    with virtual_clock() as clock:
-        yield clock
-
-
-@pytest.fixture
 def rig(clock):
     return Rig()
 

@@ -23,13 +23,6 @@ MIB = 2**20
 
 
 @pytest.fixture
-def clock():
-    """A virtual clock."""
-    with virtual_clock() as clock:
-        yield clock
-
-
-@pytest.fixture
 def store(clock):
     """One whose leases last 10 s."""
     return LocalStore(MIB)

@@ -30,13 +30,6 @@ MIB = 2**20
 
 
 @pytest.fixture
-def clock():
-    """A virtual clock."""
-    with virtual_clock() as clock:
-        yield clock
-
-
-@pytest.fixture
 def memory(clock):
     """One with much room."""
     return Memory(MIB)

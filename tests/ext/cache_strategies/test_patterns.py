@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from redis_server import redis_server as redis_server
 
 from flask_muset.cache_strategies.patterns import (
     compile_pattern,

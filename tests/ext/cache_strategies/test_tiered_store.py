@@ -8,13 +8,12 @@ import time
 
 import pytest
 from cache_worker import CacheWorker
-from redis_server import redis_server  # noqa: F401 - a fixture
 
 from flask_muset.redis import GuardedRedis
 
 
 @pytest.fixture
-def workers(redis_server):  # noqa: F811
+def workers(redis_server):
     """A function that starts workers on the server."""
     started = []
 
@@ -77,7 +76,7 @@ def test_a_delete_reaches_the_memories_of_all_processes(workers, prove):
 
 
 @pytest.mark.claim("The pub/sub link is cut: the memory gives nothing older than its cap")
-def test_without_the_link_the_memory_gives_nothing_old(workers, redis_server, prove):  # noqa: F811
+def test_without_the_link_the_memory_gives_nothing_old(workers, redis_server, prove):
     """While nobody can say what is invalid, an entry lasts as long as its cap and no longer."""
     a, b = workers(2, L1_UNLINKED=0.5)
     a.run("result = cache.set('k', 'old')")
@@ -98,7 +97,7 @@ until(lambda: not state.store._feed.is_linked)
     prove.figure(f"the last old read {took_s * 1e3:.0f} ms after the write, the cap is 500 ms")
 
 
-def test_a_link_that_was_cut_is_made_anew_and_the_memory_is_emptied(workers, redis_server):  # noqa: F811
+def test_a_link_that_was_cut_is_made_anew_and_the_memory_is_emptied(workers, redis_server):
     """What was made invalid while the link was cut is not served once it is back."""
     a, b = workers(2)
     a.run("result = cache.set('k', 'old')")
@@ -113,7 +112,7 @@ def test_a_link_that_was_cut_is_made_anew_and_the_memory_is_emptied(workers, red
 
 @pytest.mark.claim("Redis away during a delete: after recovery the old value is never served")
 @pytest.mark.parametrize("way", ["frozen", "killed"])
-def test_a_delete_during_an_outage_is_made_up_for(workers, redis_server, way, prove):  # noqa: F811
+def test_a_delete_during_an_outage_is_made_up_for(workers, redis_server, way, prove):
     """The old value that Redis still has is served by no process, however soon it asks."""
     rounds = 10 if prove.full else 1
     for number in range(rounds):
@@ -151,7 +150,7 @@ result = [len(seen), seen.count('old')]
     prove.figure(f"{rounds} outages, 0 old values")
 
 
-def test_a_write_during_an_outage_is_served_here_and_made_up_for(workers, redis_server):  # noqa: F811
+def test_a_write_during_an_outage_is_served_here_and_made_up_for(workers, redis_server):
     """The process that wrote has the new value; after the outage all others load anew."""
     a, b = workers(2)
     a.run("result = cache.set('k', 'old')")
@@ -167,7 +166,7 @@ def test_a_write_during_an_outage_is_served_here_and_made_up_for(workers, redis_
     assert soon(lambda: b.get("k") == "newest", 1)[0]
 
 
-def test_too_many_lost_invalidations_make_everything_invalid(workers, redis_server):  # noqa: F811
+def test_too_many_lost_invalidations_make_everything_invalid(workers, redis_server):
     """What cannot be kept one by one is made up for by making all entries invalid."""
     a, b = workers(2)
     a.run("state.store._repairs._limit = 10")
@@ -287,7 +286,7 @@ def test_a_load_longer_than_its_lease_is_still_one(workers):
 @pytest.mark.claim(
     "Redis silent: one get costs at most the time budget, then under 1 ms, and L1 keeps answering"
 )
-def test_a_silent_redis_costs_one_budget(workers, redis_server, prove):  # noqa: F811
+def test_a_silent_redis_costs_one_budget(workers, redis_server, prove):
     """The first read waits for the budget, the next ones not at all; the memory goes on."""
     worker = workers()
     worker.run("result = cache.set('kept', 1)")
@@ -309,7 +308,7 @@ result = [first, later[198], timed('kept')[1]]
     assert worker.get("new") == "loaded"
 
 
-def test_a_start_without_redis_and_its_arrival(redis_server):  # noqa: F811
+def test_a_start_without_redis_and_its_arrival(redis_server):
     """A process that starts while Redis is away works, and uses it once it is there."""
     redis_server.kill()
     worker = CacheWorker(redis_server.url)
@@ -323,7 +322,7 @@ def test_a_start_without_redis_and_its_arrival(redis_server):  # noqa: F811
 
 
 @pytest.mark.claim("A pickle planted in Redis is a miss and a counter, and runs nothing")
-def test_a_planted_pickle_runs_nothing(workers, redis_server, tmp_path, prove):  # noqa: F811
+def test_a_planted_pickle_runs_nothing(workers, redis_server, tmp_path, prove):
     """Foreign bytes are a miss, whatever they are, and the next load replaces them."""
     import pickle
 
@@ -358,7 +357,7 @@ cache_operated.connect(listen)
     'delete_pattern("user:*") on 100,000 keys of which 1,000 match returns 1000 exactly, and '
     "blocks the server for at most 5 ms at a time"
 )
-def test_a_pattern_deletes_exactly_what_matches(workers, redis_server, prove):  # noqa: F811
+def test_a_pattern_deletes_exactly_what_matches(workers, redis_server, prove):
     """The count is exact, the others stay, and nobody else has to wait."""
     worker = workers()
     others, matching = (99_000, 1000) if prove.full else (9_900, 100)
@@ -392,7 +391,7 @@ def test_a_namespace_with_special_characters_is_text(workers):
     assert b.get("k") == "b"
 
 
-def test_a_pattern_while_redis_is_away_is_an_error(workers, redis_server):  # noqa: F811
+def test_a_pattern_while_redis_is_away_is_an_error(workers, redis_server):
     """There is no wrong count: CacheUnavailable, and the memory has none of them."""
     worker = workers()
     worker.run("result = cache.set('user:1', 1)")
@@ -437,7 +436,7 @@ except OSError:
     assert b.get("k") == "new"
 
 
-def test_tags_that_redis_has_lost_make_all_older_entries_invalid(workers, redis_server):  # noqa: F811
+def test_tags_that_redis_has_lost_make_all_older_entries_invalid(workers, redis_server):
     """A server that has dropped the tags cannot bring back what they had made invalid."""
     a = workers()
     a.run("result = cache.set('k', 'old', tags=['t'])")
@@ -452,7 +451,7 @@ def test_tags_that_redis_has_lost_make_all_older_entries_invalid(workers, redis_
     "Cold key, 4 processes x 200 greenlets, loader of 100 ms, 10 connections each: exactly 1 load, "
     "no error, the last served within 1.3 times the loader in the best of 5 rounds"
 )
-def test_a_cold_key_is_loaded_once(workers, redis_server, prove):  # noqa: F811
+def test_a_cold_key_is_loaded_once(workers, redis_server, prove):
     """Every round has one load and no error; the best of five ends in time."""
     crowd = workers(4)
     for worker in crowd:
@@ -492,7 +491,7 @@ result = [loads, len(done), max(done), bad]
     )
 
 
-def test_a_forked_child_begins_anew(redis_server):  # noqa: F811
+def test_a_forked_child_begins_anew(redis_server):
     """A cache that was used before a fork works in parent and child, each with its own link."""
     code = f"""
 import json, os, sys, time
@@ -558,7 +557,7 @@ state.store._entries.lease = asked
 # --- What can go wrong in the middle --------------------------------------------------------------
 
 
-def test_a_tag_that_is_made_up_for_is_known_here_too(workers, redis_server):  # noqa: F811
+def test_a_tag_that_is_made_up_for_is_known_here_too(workers, redis_server):
     """The process that could not tell Redis of a tag serves nothing of it after it has."""
     a, b = workers(2)
     a.run("result = cache.set('k', 'old', 600, tags=['t'])")
@@ -572,7 +571,7 @@ def test_a_tag_that_is_made_up_for_is_known_here_too(workers, redis_server):  # 
     assert b.get("k") is None
 
 
-def test_what_redis_refuses_is_made_up_for_without_being_asked(workers, redis_server):  # noqa: F811
+def test_what_redis_refuses_is_made_up_for_without_being_asked(workers, redis_server):
     """A delete that failed while the link stayed up is repeated by an idle process."""
     a, b = workers(2)
     a.run("result = cache.set('k', 'old', 600)")
@@ -589,7 +588,7 @@ state.store._entries.change = change
     assert soon(lambda: b.get("k") is None, 4)[0]
 
 
-def test_a_key_that_redis_refuses_stands_in_nobodys_way(workers, redis_server):  # noqa: F811
+def test_a_key_that_redis_refuses_stands_in_nobodys_way(workers, redis_server):
     """A lock of another type, put there by somebody else, is removed like any other."""
     client = GuardedRedis(redis_server.url)
     a = workers()
@@ -622,7 +621,7 @@ del entries.change, entries.invalidate_tag
     assert soon(lambda: b.get("k") is None, 4)[0]
 
 
-def test_a_new_link_lets_nobody_join_an_old_load(workers, redis_server):  # noqa: F811
+def test_a_new_link_lets_nobody_join_an_old_load(workers, redis_server):
     """What was deleted while the link was cut is loaded anew by who comes afterwards."""
     a, b = workers(2)
     a.run(LOADS)
@@ -641,7 +640,7 @@ until(lambda: not state.store._feed.is_linked)
     assert b.get("k") == "new"
 
 
-def test_foreign_messages_do_no_harm(workers, redis_server):  # noqa: F811
+def test_foreign_messages_do_no_harm(workers, redis_server):
     """Whatever somebody publishes on the channel, the link goes on or is made anew."""
     client = GuardedRedis(redis_server.url)
     a, b = workers(2)
@@ -656,7 +655,7 @@ def test_foreign_messages_do_no_harm(workers, redis_server):  # noqa: F811
     assert soon(lambda: b.get("k") == "new", 1)[0]
 
 
-def test_bytes_that_come_too_late_write_nothing(workers, redis_server):  # noqa: F811
+def test_bytes_that_come_too_late_write_nothing(workers, redis_server):
     """A write that Redis gets long after its sender gave up does not replace a newer one."""
     a, b = workers(2)
     a.run("""
@@ -682,7 +681,7 @@ state.redis.script = script
     assert b.get("k") in ("new", None)
 
 
-def test_a_full_redis_can_be_read_and_forgets(workers, redis_server):  # noqa: F811
+def test_a_full_redis_can_be_read_and_forgets(workers, redis_server):
     """Without memory for more, Redis is read, and a write leaves no old value."""
     client = GuardedRedis(redis_server.url)
     a = workers()
@@ -698,7 +697,7 @@ def test_a_full_redis_can_be_read_and_forgets(workers, redis_server):  # noqa: F
     assert soon(lambda: b.get("k") is None, 1)[0]
 
 
-def test_a_gevent_child_leaves_its_parents_link_alone(redis_server):  # noqa: F811
+def test_a_gevent_child_leaves_its_parents_link_alone(redis_server):
     """A process forked from one that listens hears for itself, and steals nothing."""
     code = f"""
 from gevent import monkey; monkey.patch_all()
