@@ -1,7 +1,8 @@
 """The cache for processes that run asyncio.
 
 Everything is the plain cache, in a thread beside the event loop; only what loads and writes sources
-is awaited on the loop. A value that the memory has costs no thread.
+is awaited on the loop. What takes as long as Redis at most is called in one of asyncio's threads; a
+value that the memory has costs none.
 """
 
 import asyncio
@@ -40,17 +41,17 @@ class AsyncCacheManager:
         """The value of a key, `default` if there is none that is fresh."""
         cache = _current()
         value = cache.get_near(key)
-        return await _soon(cache.get, key, default) if value is ABSENT else value
+        return await asyncio.to_thread(cache.get, key, default) if value is ABSENT else value
 
     async def get_many(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that have one."""
-        return await _soon(_current().get_many, list(keys))  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().get_many, list(keys))
 
     async def set(
         self, key: str, value: Any, expire: float | None = None, *, tags: Iterable[str] = ()
     ) -> bool:
         """Keep a value; whether Redis has it."""
-        return await _soon(_current().set, key, value, expire, tags=tags)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().set, key, value, expire, tags=tags)
 
     async def set_many(
         self,
@@ -60,11 +61,11 @@ class AsyncCacheManager:
         tags: Iterable[str] = (),
     ) -> bool:
         """Keep several values; whether Redis has them."""
-        return await _soon(_current().set_many, values, expire, tags=tags)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().set_many, values, expire, tags=tags)
 
     async def delete(self, key: str) -> bool:
         """Forget a key; whether it is done."""
-        return await _soon(_current().delete, key)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().delete, key)
 
     async def delete_pattern(self, pattern: str) -> int:
         """Forget the keys that match; exactly how many there were.
@@ -72,19 +73,19 @@ class AsyncCacheManager:
         Raises:
             CacheUnavailable: Redis is away.
         """
-        return await _soon(_current().delete_pattern, pattern)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().delete_pattern, pattern)
 
     async def delete_tag(self, tag: str) -> bool:
         """Forget all entries of a tag; whether it is done."""
-        return await _soon(_current().invalidate_tag, tag, keep_stale=False)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().invalidate_tag, tag, keep_stale=False)
 
     async def expire_tag(self, tag: str) -> bool:
         """Make all entries of a tag stale; whether it is done."""
-        return await _soon(_current().invalidate_tag, tag, keep_stale=True)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().invalidate_tag, tag, keep_stale=True)
 
     async def explain(self, key: str) -> dict[str, Any]:
         """What there is about a key."""
-        return await _soon(_current().explain, key)  # type: ignore[no-any-return]
+        return await asyncio.to_thread(_current().explain, key)
 
     def register(self, cls: type[R]) -> type[R]:
         """Let values of a dataclass or an Enum be read that another process has kept."""
@@ -145,7 +146,7 @@ class AsyncCacheManager:
     ) -> bool:
         """Write a value to its source, then to the cache; whether the cache agrees already."""
         write = _on_loop(write_func)
-        return await _beside(_current().write_through, key, value, write, expire, tags)  # type: ignore[no-any-return]
+        return await _beside(_current().write_through, key, value, write, expire, tags)
 
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any
@@ -232,32 +233,28 @@ async def _load(
     return await future
 
 
-async def _soon(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call in one of asyncio's threads; what takes as long as Redis at most."""
-    return await asyncio.to_thread(fn, *args, **kwargs)
-
-
-async def _beside(fn: Callable[..., Any], *args: Any) -> Any:
+async def _beside(fn: Callable[..., R], *args: Any) -> R:
     """Call in a thread of its own: loads wait for each other, so no pool may run out."""
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
+    done: asyncio.Future[R] = loop.create_future()
     variables = contextvars.copy_context()
     variables.run(_loop_of.set, loop)
 
-    def tell(settle: Callable[..., Any], *outcome: Any) -> None:
+    def end(settle: Callable[[], object]) -> None:
         if not done.done():
-            settle(*outcome)
+            settle()
 
     def work() -> None:
+        settle: Callable[[], object]
         try:
-            outcome = done.set_result, variables.run(fn, *args)
+            settle = partial(done.set_result, variables.run(fn, *args))
         except _CutOffError:
-            outcome = (done.cancel,)  # type: ignore[assignment]
+            settle = done.cancel
         except BaseException as error:  # noqa: BLE001 - it is raised where it is awaited
-            outcome = done.set_exception, error
+            settle = partial(done.set_exception, error)
         # A loop that has ended waits for nothing.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(tell, *outcome)
+            loop.call_soon_threadsafe(end, settle)
 
     threading.Thread(target=work, name="cache", daemon=True).start()
     return await done

@@ -86,9 +86,9 @@ class RedisEntries:
         self._locks = redis.key("l1:")
         self._tags = redis.key("t1")
         self.channel = redis.key("i1")
-        #: What turns a moment of this process into microseconds of Redis.
-        self._shift_us: int | None = None
-        self._shift_until = 0.0
+        #: What turns a moment of this process into microseconds of Redis, once it is known.
+        self._shift_us = 0
+        self._shift_until = -NEVER
         self._latest_us = 0
 
     # --- Reading
@@ -245,12 +245,10 @@ class RedisEntries:
     @property
     def shift_us(self) -> int:
         """Microseconds of Redis when this process's clock is at 0."""
-        if self._shift_us is None:
+        if self._shift_until == -NEVER:
             # Which also makes sure that there are tags before anything is written.
             self.read_tags([])
-        shift = self._shift_us
-        assert shift is not None  # noqa: S101 - set by `_noted`
-        return shift
+        return self._shift_us
 
     def now_us(self) -> int:
         """Microseconds of Redis now, later than anything that it has told."""
@@ -266,7 +264,7 @@ class RedisEntries:
         now = SYSTEM.now()
         shift = int(us) - round(now * 1e6)
         # Too low by as much as the reply was under way: the highest is the best, for a while.
-        if self._shift_us is None or shift > self._shift_us or now > self._shift_until:
+        if now > self._shift_until or shift > self._shift_us:
             self._shift_us, self._shift_until = shift, now + _SHIFT_HOLDS_S
 
     def explain(self, key: str) -> dict[str, Any]:
