@@ -18,11 +18,13 @@ __all__ = [
     "ErrorEvent",
     "LinkEvent",
     "PolicyEvent",
+    "WriteBehindEvent",
     "breaker_changed",
     "cache_operated",
     "error_handled",
     "policy_decided",
     "redis_link_changed",
+    "write_behind_measured",
 ]
 
 _signals = Namespace()
@@ -152,3 +154,22 @@ class CacheEvent:
 
 #: Sent with `event`, a CacheEvent.
 cache_operated = _signals.signal("cache-operated")
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBehindEvent:
+    """How much waits to be written behind, of all processes; told about once a second.
+
+    Attributes:
+        pending: Writes that wait.
+        oldest_s: Seconds that the oldest has waited.
+        dead_letters: Writes that were given up.
+    """
+
+    pending: int
+    oldest_s: float
+    dead_letters: int
+
+
+#: Sent with `event`, a WriteBehindEvent.
+write_behind_measured = _signals.signal("write-behind-measured")

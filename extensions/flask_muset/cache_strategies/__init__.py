@@ -18,12 +18,14 @@ from flask_muset.cache_strategies.manager import (
     cache_manager,
     cached,
 )
+from flask_muset.cache_strategies.writers import WriteContext
 
 __all__ = [
     "CacheManager",
     "CacheStrategies",
     "CacheStrategy",
     "UnsupportedType",
+    "WriteContext",
     "cache_manager",
     "cached",
 ]

@@ -148,6 +148,29 @@ class AsyncCacheManager:
         write = _on_loop(write_func)
         return await _beside(_current().write_through, key, value, write, expire, tags)
 
+    async def write_behind(
+        self,
+        key: str,
+        value: R,
+        write_func: Callable[..., Awaitable[Any] | Any],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> bool:
+        """Accept a value, and bring it to its source later; see the plain form.
+
+        A coroutine function that was declared with `writer` is awaited in a loop of its own, any
+        other one on this loop as long as that runs.
+        """
+        cache = _current()
+        is_named = bool(cache.behind.writers.of(write_func).name)
+        write = write_func if is_named else wraps(write_func)(_on_loop(write_func))
+        return await _beside(cache.write_behind, key, value, write, expire, tags)
+
+    async def flush(self, timeout: float = 30.0) -> bool:  # noqa: ASYNC109 - it raises nothing
+        """Bring all that waits to its sources; whether nothing waits any more."""
+        return await _beside(_current().behind.drain.flush, timeout)
+
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any
     ) -> Callable[[Callable[P, Awaitable[R]]], Callable[P, Awaitable[R]]]:
@@ -184,7 +207,7 @@ def _decorated(
         return await _load(cache, key, partial(fn, *args, **kwargs), options_in(cache))  # type: ignore[no-any-return]
 
     async def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
-        return await cache_manager.delete(make_key(*args, **kwargs))
+        return await asyncio.to_thread(_current().invalidate, make_key(*args, **kwargs))
 
     wrapper.cache_key = make_key  # type: ignore[attr-defined]
     wrapper.invalidate = invalidate  # type: ignore[attr-defined]
@@ -328,3 +351,4 @@ class AsyncCacheStrategy:
 
     cache_aside = cache_manager.cache_aside
     write_through = cache_manager.write_through
+    write_behind = cache_manager.write_behind

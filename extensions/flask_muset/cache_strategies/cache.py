@@ -1,7 +1,9 @@
 """The cache of one app: values by key, in a store, through a codec."""
 
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from flask_muset.cache_strategies.codec import Codec, Unreadable
@@ -10,6 +12,8 @@ from flask_muset.cache_strategies.keys import check_key
 from flask_muset.cache_strategies.loading import Answer, Loader, LoadOptions, Outcome
 from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.stores import Store, Tell
+from flask_muset.cache_strategies.write_behind import Gone, WriteBehind
+from flask_muset.cache_strategies.writers import Writer
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
 from flask_muset.errors import NotFoundError
@@ -31,6 +35,10 @@ def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
 
 
 def _nothing(_key: str) -> None:
+    return None
+
+
+def _none() -> None:
     return None
 
 
@@ -62,6 +70,7 @@ class Cache:
         tell: Counts an operation: name, status, seconds.
         note: Is given how each load was answered.
         is_off: Whether every load goes to its source.
+        write_behind: Accepts writes, and knows what waits.
     """
 
     def __init__(
@@ -74,8 +83,10 @@ class Cache:
         tell: Tell,
         note: Callable[[Answer], None],
         is_off: bool = False,
+        write_behind: WriteBehind,
     ) -> None:
         self.store = store
+        self.behind = write_behind
         self.codec = codec
         self.default_expire_s = default_expire_s
         self._tell = tell
@@ -85,7 +96,7 @@ class Cache:
         self._decode = codec.decode
         self._note = note
         self._is_off = is_off
-        self._loader = Loader(store, codec, in_background=in_background, tell=tell)
+        self._loader = Loader(store, codec, read=self._read, in_background=in_background, tell=tell)
 
     # --- Values
 
@@ -93,14 +104,22 @@ class Cache:
         """The value of a key, `default` if there is none that is fresh."""
         began = SYSTEM.now()
         # Hits of the memory take no more steps than they must.
-        entry = self._peek(key) or self.store.read(check_key(key))
+        entry = self._peek(key)
         if entry is None or began >= entry.fresh_until:
-            value, status = ABSENT, "miss"
-        else:
-            value, status = self._value(entry)
+            entry = self._read(check_key(key))
+            if entry is None or began >= entry.fresh_until or isinstance(entry, Gone):
+                entry = None
+        value, status = (ABSENT, "miss") if entry is None else self._value(entry)
         if _listeners:
             self._tell("get", status, SYSTEM.now() - began)
         return default if value is ABSENT else value
+
+    def _read(self, key: str) -> Entry | None:
+        """What was written last: what waits for its source stands for what the cache has lost."""
+        entry = self.store.read(key)
+        if self.behind.is_used and (entry is None or SYSTEM.now() >= entry.fresh_until):
+            return self.behind.pending(key) or entry
+        return entry
 
     def get_near(self, key: str) -> Any:
         """The value that the memory of this process has; ABSENT if somebody would have to wait."""
@@ -130,8 +149,8 @@ class Cache:
         if isinstance(keys, str):
             raise TypeError(f"keys must be several, got the str {keys!r}; write [{keys!r}].")
         began, found, wanted = SYSTEM.now(), {}, [check_key(key) for key in keys]
-        for key, entry in self.store.read_many(wanted).items():
-            if began < entry.fresh_until:
+        for key, entry in self._read_many(wanted).items():
+            if began < entry.fresh_until and not isinstance(entry, Gone):
                 value, _ = self._value(entry)
                 if value is not ABSENT:
                     found[key] = value
@@ -139,6 +158,17 @@ class Cache:
         for key in dict.fromkeys(wanted):
             self._tell("get", "hit" if key in found else "miss", duration_s)
         return found
+
+    def _read_many(self, keys: Sequence[str]) -> dict[str, Entry]:
+        entries = self.store.read_many(keys)
+        if self.behind.is_used:
+            now = SYSTEM.now()
+            for key in dict.fromkeys(keys):
+                if key not in entries or now >= entries[key].fresh_until:
+                    waiting = self.behind.pending(key)
+                    if waiting is not None:
+                        entries[key] = waiting
+        return entries
 
     def _value(self, entry: Entry) -> tuple[Any, str]:
         """What an entry holds; ABSENT if that says that there is nothing, or cannot be read."""
@@ -172,8 +202,31 @@ class Cache:
         return self._done("set", entries, self.store.write_many(entries))
 
     def delete(self, key: str) -> bool:
-        """Forget a key."""
-        return self._done("delete", [key], self.store.delete(check_key(key)))
+        """Forget a key; its source forgets it too, where a writer owns it or something waits."""
+        check_key(key)
+        if self.behind.is_used and (is_done := self._delete_behind(key)) is not None:
+            return self._done("delete", [key], is_done)
+        return self.invalidate(key)
+
+    def _delete_behind(self, key: str) -> bool | None:
+        """Let the source forget a key; None if it has not to be told."""
+        writer = self.behind.writers.owner(key)
+        is_accepted = self.behind.accept(key, None, writer)
+        if is_accepted is False:
+            # The source has the value; the cache may only forget it.
+            self.store.delete(key)
+            return False
+        if is_accepted:
+            return True
+        writer = writer or self.behind.next_writer(key)
+        if writer is None:
+            return None
+        self._through(key, partial(self.behind.write_now, key, None, writer), _none, writer)
+        return True
+
+    def invalidate(self, key: str) -> bool:
+        """Forget a key in the cache alone."""
+        return self._done("delete", [key], self.store.delete(key))
 
     def delete_pattern(self, pattern: str) -> int:
         """Forget the keys that match."""
@@ -272,20 +325,66 @@ class Cache:
         # Before the source is written: what cannot be kept must not leave the two apart.
         known = check_tags(tags)
         self._entry(value, expire, known)
-        write, written = self.store.begin_write(check_key(key)), None
-        try:
-            self._loader.detach(key)
+
+        def write(_seq: int) -> None:
             _refuse_awaitable(write_func(value))
-            # As it is now: it may have got its id from the source.
-            written = self._entry(value, expire, known)
-        finally:
-            is_done = self.store.end_write(write, written)
-            self._loader.detach(key)
+
+        # As it is afterwards: it may have got its id from the source.
+        is_done = self._through(check_key(key), write, lambda: self._entry(value, expire, known))
         self._tell("write_through", "ok" if is_done else "queued", None)
+        return is_done
+
+    def write_behind(
+        self,
+        key: str,
+        value: Any,
+        write_func: Callable[..., Any],
+        expire: float | None,
+        tags: Iterable[str] = (),
+    ) -> bool:
+        """Write the cache and the journal, the source later."""
+        writer = self.behind.writers.of(write_func)
+        entry = self._entry(value, expire, check_tags(tags))
+        is_accepted = self.behind.accept(check_key(key), entry, writer)
+        self._loader.detach(key)
+        if is_accepted is None:
+            write = partial(self.behind.write_now, key, entry, writer)
+            self._through(key, write, lambda: entry, writer)
+        return is_accepted is not False
+
+    def _through(
+        self,
+        key: str,
+        write: Callable[[int], None],
+        made: Callable[[], Entry | None],
+        writer: Writer | None = None,
+    ) -> bool:
+        """Write the source, in the order of the key's other writes, then the cache.
+
+        Args:
+            key: Of the value.
+            write: Writes the source, given the sequence of this write.
+            made: The entry of what was written.
+            writer: Whose write it is; None for one that takes the place of all that wait.
+        """
+        supersedes = writer is None or writer.coalesces
+        behind = self.behind
+        turn = behind.turn(key, supersedes=supersedes) if behind.is_used else nullcontext(0)
+        with turn as seq:
+            began, written = self.store.begin_write(key), None
+            try:
+                self._loader.detach(key)
+                write(seq)
+                written = made()
+            finally:
+                is_done = self.store.end_write(began, written)
+                self._loader.detach(key)
         return is_done
 
     def explain(self, key: str) -> dict[str, Any]:
         """What there is about a key."""
         told = self.store.explain(check_key(key))
+        if self.behind.is_used:
+            told["write_behind"] = self.behind.explain(key)
         # JSON has no infinity.
         return {"key": key, **{k: None if v == NEVER else v for k, v in told.items()}}

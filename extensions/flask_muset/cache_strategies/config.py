@@ -1,5 +1,6 @@
 """The configuration of CacheStrategies, read and checked once."""
 
+import os
 import re
 from collections.abc import MutableMapping
 from dataclasses import dataclass
@@ -20,6 +21,14 @@ def _is_url(value: Any) -> bool:
 _is_name = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
+def _are_references(value: Any) -> bool:
+    is_several = isinstance(value, list | tuple | set | frozenset)
+    return is_several and all(isinstance(one, str) and _is_reference(one) for one in value)
+
+
+_is_reference = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*").fullmatch
+
+
 KEYS = {
     "ENABLED": flag(True),
     "REDIS_URL": Key(None, _is_url, "the URL of a Redis such as redis://127.0.0.1:6379/0, or None"),
@@ -34,6 +43,20 @@ KEYS = {
     "L1_UNLINKED": number(5.0, 0, 3600),
     "DEFAULT_EXPIRE": number(300.0, 0, 10 * 365 * 86_400, zero="no end"),
     "RESPONSE_HEADERS": flag(True),
+    "JOURNAL_PATH": Key(
+        None,
+        lambda value: value is None or (isinstance(value, str | os.PathLike) and bool(str(value))),
+        "the path of a file, or None for one in the app's instance folder",
+    ),
+    "MAX_PENDING": whole(10_000, 1, 100_000_000),
+    "MAX_PENDING_BYTES": whole(256 * _MIB, 1, 1 << 50),
+    "REQUIRE_DURABLE": flag(False),
+    "WRITERS": Key((), _are_references, "several references such as 'shop.writers:save_order'"),
+    "WRITE_DELAY": number(0.1, 0, 3600, zero="none"),
+    "WRITE_TIMEOUT": number(30.0, 0, 3600),
+    "WRITES_AT_ONCE": whole(8, 1, 1000),
+    "DRAIN": flag(True),
+    "DRAIN_AT_EXIT": number(5.0, 0, 3600, zero="none"),
 }
 
 
@@ -52,6 +75,17 @@ class Config:
             it is invalid.
         default_expire_s: Of entries that are kept without a time of their own; None for no end.
         response_headers: Whether responses say what the cache did.
+        journal_path: Of the file in which writes wait, where there is no Redis; None for one in the
+            app's instance folder.
+        max_pending: Writes that may wait, of all processes.
+        max_pending_bytes: Bytes of their values.
+        require_durable: Whether writes are refused where an accepted one could be lost.
+        writers: References to functions that a journal may name.
+        write_delay_s: Seconds for which a write waits for newer ones of its key.
+        write_timeout_s: Seconds that one attempt to write may take.
+        writes_at_once: Writers that run at the same time in one process.
+        drain: Whether this process writes what waits.
+        drain_at_exit_s: Seconds that the end of the process waits for what can still be written.
     """
 
     enabled: bool
@@ -63,6 +97,16 @@ class Config:
     l1_unlinked_s: float
     default_expire_s: float | None
     response_headers: bool
+    journal_path: str | None
+    max_pending: int
+    max_pending_bytes: int
+    require_durable: bool
+    writers: tuple[str, ...]
+    write_delay_s: float
+    write_timeout_s: float
+    writes_at_once: int
+    drain: bool
+    drain_at_exit_s: float
 
 
 def read_config(config: MutableMapping[str, Any]) -> Config:
@@ -87,4 +131,14 @@ def read_config(config: MutableMapping[str, Any]) -> Config:
         l1_unlinked_s=values["L1_UNLINKED"],
         default_expire_s=values["DEFAULT_EXPIRE"] or None,
         response_headers=values["RESPONSE_HEADERS"],
+        journal_path=None if values["JOURNAL_PATH"] is None else os.fspath(values["JOURNAL_PATH"]),
+        max_pending=values["MAX_PENDING"],
+        max_pending_bytes=values["MAX_PENDING_BYTES"],
+        require_durable=values["REQUIRE_DURABLE"],
+        writers=tuple(values["WRITERS"]),
+        write_delay_s=values["WRITE_DELAY"],
+        write_timeout_s=values["WRITE_TIMEOUT"],
+        writes_at_once=values["WRITES_AT_ONCE"],
+        drain=values["DRAIN"],
+        drain_at_exit_s=values["DRAIN_AT_EXIT"],
     )

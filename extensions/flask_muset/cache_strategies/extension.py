@@ -1,6 +1,8 @@
 """CacheStrategies: binds the cache to a Flask app."""
 
+import logging
 import math
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +15,33 @@ from flask import Flask, Response, has_request_context, request
 from flask_muset import context
 from flask_muset.cache_strategies.cache import Cache
 from flask_muset.cache_strategies.codec import Codec
+from flask_muset.cache_strategies.commands import make_commands
 from flask_muset.cache_strategies.config import KEYS, PREFIX, Config, read_config
+from flask_muset.cache_strategies.drain import Drain
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend
+from flask_muset.cache_strategies.journal import Journal, State
 from flask_muset.cache_strategies.loading import Answer, Outcome
 from flask_muset.cache_strategies.local_store import LocalStore
-from flask_muset.cache_strategies.manager import KEY, WHAT, CacheManager
+from flask_muset.cache_strategies.manager import KEY, WHAT, CacheManager, cache_manager
+from flask_muset.cache_strategies.sqlite_journal import SqliteJournal
 from flask_muset.cache_strategies.stores import Store, Tell
+from flask_muset.cache_strategies.write_behind import WriteBehind
+from flask_muset.cache_strategies.writers import Writers
+from flask_muset.errors import MusetError
 from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis
-from flask_muset.signals import CacheEvent, cache_operated
+from flask_muset.signals import (
+    CacheEvent,
+    WriteBehindEvent,
+    cache_operated,
+    write_behind_measured,
+)
 
 __all__ = ["CacheStrategies"]
 
 C = TypeVar("C", bound=type)
+
+_log = logging.getLogger(__name__)
 
 _NOTED = "flask_muset.cache"
 #: The outcome that a response names, of several: the one that tells most.
@@ -63,6 +79,23 @@ class CacheStrategies(CacheManager):
         CACHE_STRATEGIES_DEFAULT_EXPIRE: Seconds, where none are named; 0 for no end. Default 300.
         CACHE_STRATEGIES_RESPONSE_HEADERS: Whether a response says `X-Cache: HIT | MISS | STALE |
             BYPASS` and `Age` where its view has loaded something. Default True.
+        CACHE_STRATEGIES_JOURNAL_PATH: The file in which writes wait for their source where no Redis
+            is used. Default None: `write-behind.db` in the app's instance folder.
+        CACHE_STRATEGIES_MAX_PENDING: Writes that may wait, of all processes; the next one is
+            written by who asks for it. Default 10000.
+        CACHE_STRATEGIES_MAX_PENDING_BYTES: Bytes of their values. Default 256 MiB.
+        CACHE_STRATEGIES_REQUIRE_DURABLE: True refuses to write behind where Redis is set so that
+            an accepted write could be lost. Default False: it is warned about.
+        CACHE_STRATEGIES_WRITERS: References such as `shop.writers:save_order` to functions that a
+            journal may name beside those under `writer`. Default none.
+        CACHE_STRATEGIES_WRITE_DELAY: Seconds for which a write waits for newer ones of its key.
+            Default 0.1.
+        CACHE_STRATEGIES_WRITE_TIMEOUT: Seconds that one attempt to write may take. Default 30.
+        CACHE_STRATEGIES_WRITES_AT_ONCE: Writers that run at once in one process. Default 8.
+        CACHE_STRATEGIES_DRAIN: False lets this process accept writes and leave them to others.
+            Default True.
+        CACHE_STRATEGIES_DRAIN_AT_EXIT: Seconds that the end of a process waits for what it can
+            still write; the rest stays in the journal. Default 5; 0 for none.
 
     Args:
         app: Is set up at once; else call `init_app`.
@@ -78,6 +111,7 @@ class CacheStrategies(CacheManager):
         cache: flask_caching.Cache | None = None,
         redis: GuardedRedis | None = None,
     ) -> None:
+        super().__init__()
         self._given_cache = cache
         self._given_redis = redis
         self._registered: list[type] = []
@@ -101,9 +135,11 @@ class CacheStrategies(CacheManager):
         tell = partial(_tell, app)
         redis = self._redis(config)
         store = self._store(app, config, redis, tell)
+        behind = self._write_behind(app, config, redis, store, codec, tell)
         cache = Cache(
             store,
             codec,
+            write_behind=behind,
             in_background=partial(_in_background, app),
             default_expire_s=config.default_expire_s,
             tell=tell,
@@ -119,6 +155,8 @@ class CacheStrategies(CacheManager):
         self._only = weakref.ref(cache) if len(self._apps) == 1 else _no_cache
         if config.response_headers:
             app.after_request(_describe)
+        app.before_request(partial(_start, behind))
+        app.cli.add_command(make_commands(cache))
 
     def _redis(self, config: Config) -> GuardedRedis | None:
         if self._given_cache is not None or not config.enabled:
@@ -171,6 +209,41 @@ class CacheStrategies(CacheManager):
             redis, max_bytes=config.l1_max_bytes, unlinked_s=config.l1_unlinked_s, tell=tell
         )
 
+    def _write_behind(
+        self,
+        app: Flask,
+        config: Config,
+        redis: GuardedRedis | None,
+        store: Store,
+        codec: Codec,
+        tell: Tell,
+    ) -> WriteBehind:
+        journal = _journal(app, config, redis, store)
+        if config.require_durable:
+            _refuse_risks(journal, redis)
+        writers = Writers((self._declared, cache_manager._declared), config.writers)
+        drain = Drain(
+            journal,
+            writers,
+            codec,
+            run=partial(_within, app),
+            tell=tell,
+            publish=partial(_publish, app),
+            at_once=config.writes_at_once,
+            timeout_s=config.write_timeout_s,
+            exit_s=config.drain_at_exit_s,
+        )
+        return WriteBehind(
+            journal,
+            writers,
+            drain,
+            codec,
+            tell=tell,
+            delay_s=config.write_delay_s,
+            drains=config.drain,
+            require_durable=config.require_durable,
+        )
+
     def _cache(self) -> Cache:
         """Of the current app; a single app's is used without a look."""
         return self._only() or super()._cache()
@@ -191,6 +264,30 @@ class CacheStrategies(CacheManager):
 
 def _no_cache() -> None:
     return None
+
+
+def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Store) -> Journal:
+    limits = {"max_pending": config.max_pending, "max_pending_bytes": config.max_pending_bytes}
+    if redis is not None:
+        from flask_muset.cache_strategies.redis_journal import RedisJournal
+
+        return RedisJournal(store, redis, **limits)
+    path = config.journal_path or os.path.join(app.instance_path, "write-behind.db")
+    return SqliteJournal(path, store, **limits)
+
+
+def _refuse_risks(journal: Journal, redis: GuardedRedis | None) -> None:
+    """Refuse to start; a Redis that does not answer now is asked before the first write."""
+    try:
+        risks = journal.risks()
+    except MusetError as error:
+        _log.warning("whether writes would be durable is not known yet: %s", error)
+        return
+    finally:
+        if redis is not None:
+            redis.close()
+    if risks:
+        raise RuntimeError(f"{PREFIX}REQUIRE_DURABLE is set, and: {' '.join(risks)}")
 
 
 def _flask_cache(app: Flask) -> flask_caching.Cache:
@@ -242,14 +339,26 @@ def _describe(response: Response) -> Response:
     return response
 
 
+def _publish(app: Flask, state: State) -> None:
+    if write_behind_measured.receivers:
+        event = WriteBehindEvent(state.pending, state.oldest_s, state.dead_letters)
+        context.tell(write_behind_measured, app, event)
+
+
 # --- Work beside the request ----------------------------------------------------------------------
 
 
 def _in_background(app: Flask, run: Callable[[], Any]) -> None:
     """Run beside the request, with the app alone: no request, no deadline, no log fields."""
+    run_beside(partial(_within, app, run), name="cache-refresh")
 
-    def work() -> None:
-        with app.app_context():
-            run()
 
-    run_beside(work, name="cache-refresh")
+def _within(app: Flask, run: Callable[[], Any]) -> None:
+    with app.app_context():
+        run()
+
+
+def _start(behind: WriteBehind) -> None:
+    """With the first request, in the process that serves it: what was left is written."""
+    if behind.is_used:
+        behind.start()

@@ -62,6 +62,7 @@ class Loader:
             `hit`, `miss`, `stale` or `bypass` (its seconds are without those of the load) and with
             `unreadable`; `load` with `ok` or `error`; `refresh`, which is a load beside a caller,
             with `ok`, `error` or `skipped`.
+        read: Gives the entry that holds; None for the store's.
         jitter: By which share of it a lifetime may be shortened, at least 0 and below 1, so that
             what was loaded together does not expire together.
         max_refreshes: Most refreshes at once, at least 1.
@@ -77,6 +78,7 @@ class Loader:
         *,
         in_background: Callable[[Callable[[], None]], Any],
         tell: Callable[[str, str, float | None], None],
+        read: Callable[[str], Entry | None] | None = None,
         jitter: float = 0.1,
         max_refreshes: int = 32,
     ) -> None:
@@ -84,7 +86,7 @@ class Loader:
         given = {"jitter": jitter, "max_refreshes": max_refreshes}
         check("Loader", given, {"jitter": share, "max_refreshes": COUNT})
         self._store = store
-        self._read = store.read
+        self._read = store.read if read is None else read
         self._codec = codec
         self._decode = codec.decode
         self._in_background = in_background

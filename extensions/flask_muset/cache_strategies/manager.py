@@ -4,13 +4,16 @@ import inspect
 import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from functools import lru_cache, partial, wraps
 from typing import Any, ParamSpec, TypeVar
 
 from flask_muset import context
 from flask_muset.cache_strategies.cache import Cache, check_tags
+from flask_muset.cache_strategies.journal import DeadLetter
 from flask_muset.cache_strategies.keys import KeyMaker, check_key
 from flask_muset.cache_strategies.loading import LoadOptions
+from flask_muset.cache_strategies.writers import Declarations
 
 __all__ = [
     "KEY",
@@ -21,6 +24,7 @@ __all__ = [
     "cached",
     "check_options",
     "current",
+    "described",
     "options_by_cache",
 ]
 
@@ -29,6 +33,7 @@ WHAT = "CacheStrategies"
 
 P = ParamSpec("P")
 R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def current() -> Cache:
@@ -52,6 +57,9 @@ class CacheManager:
     Where a method returns whether it is done, False means: not in Redis yet. It is made up for, by
     deleting the key there, as soon as Redis is back and before this process reads there again.
     """
+
+    def __init__(self) -> None:
+        self._declared = Declarations()
 
     def _cache(self) -> Cache:
         return current()
@@ -103,8 +111,16 @@ class CacheManager:
     def delete(self, key: str) -> bool:
         """Forget a key, in all processes within 100 ms; a load that has begun is not kept.
 
+        The delete is written behind where a writer's patterns match the key, or a write of it still
+        waits: its writer is called with None and `deleted`, and until then the key reads as absent.
+        What makes a key invalid without a word to its source are `delete_pattern`, `delete_tag` and
+        the `invalidate` of a decorated function.
+
         Returns:
-            Whether it is done.
+            Whether it is done, or durable in the journal.
+
+        Raises:
+            Exception: The journal has no room, and the writer has raised this.
         """
         return self._cache().delete(key)
 
@@ -237,6 +253,133 @@ class CacheManager:
         """
         return self._cache().write_through(key, value, write_func, expire, tags)
 
+    def write_behind(
+        self,
+        key: str,
+        value: R,
+        write_func: Callable[..., Any],
+        expire: float | None = None,
+        *,
+        tags: Iterable[str] = (),
+    ) -> bool:
+        """Accept a value at the speed of the cache, and bring it to its source later.
+
+        Until the source has it, the key reads as this value, whatever the cache has lost. It is
+        written at least once, in the order of the key's writes, by any process of the app; see
+        `writer`. Where as many writes wait as may, this call writes the source itself.
+
+        Args:
+            key: Of the value.
+            value: Anything that the class describes; `write_func` gets a copy.
+            write_func: A function that was declared with `writer`, or a module-level one that
+                CACHE_STRATEGIES_WRITERS names. Any other one works as long as this process lives;
+                what it leaves goes to the writer whose patterns match the key, else to the dead
+                letters. Called as `write_func(value)` or `write_func(value, context)`.
+            expire: Seconds above 0 for which it is kept once it is written; None for the app's
+                default, `math.inf` for no end.
+            tags: By which it may be made invalid in the cache.
+
+        Returns:
+            True: the value and its record are durable, or the source has the value. False: the
+            journal is away, and nothing has changed; where the connection broke on the way back
+            nobody knows.
+
+        Raises:
+            CacheUnavailable: CACHE_STRATEGIES_REQUIRE_DURABLE, and what was accepted could be lost.
+            OperationTimeoutError: There was no room, and no time to write.
+            TypeError: `write_func` cannot be called.
+            UnsupportedType: The value cannot be kept; nothing has changed.
+            Exception: There was no room, and the writer has raised this.
+        """
+        return self._cache().write_behind(key, value, write_func, expire, tags)
+
+    def writer(
+        self,
+        name: str,
+        *,
+        coalesce: bool = True,
+        max_attempts: int = 5,
+        batch: int | None = None,
+        patterns: Iterable[str] = (),
+    ) -> Callable[[F], F]:
+        """Declare a function that writes values behind; it stays what it is.
+
+        It is called as `fn(value)`; as `fn(value, context)` if its second parameter has no default,
+        is called `context` or is annotated with `WriteContext`; with `batch` as
+        `fn([(value, context), ...])`. It may be called again with what it has written already, so
+        it must do no harm twice: see WriteContext.
+
+        Args:
+            name: What journals call it: keep it as long as something may wait.
+            coalesce: Whether only the last of several writes of a key matters. False for ledgers.
+            max_attempts: After how many a write becomes a dead letter. Attempts while the source
+                is away for all do not count.
+            batch: How many writes it takes at once at most, of several keys.
+            patterns: Keys that it writes, such as `user:*`: it also gets their deletes, and what
+                functions without a name have left.
+
+        Raises:
+            TypeError: An argument has another type.
+            ValueError: An argument is not allowed, or another function has the name.
+        """
+        return self._declared.declare(
+            name, coalesce=coalesce, max_attempts=max_attempts, batch=batch, patterns=patterns
+        )
+
+    def flush(self, timeout: float = 30.0) -> bool:
+        """Bring all that waits to its sources.
+
+        Args:
+            timeout: Seconds after which it gives up.
+
+        Returns:
+            Whether nothing waits any more.
+
+        Raises:
+            MusetError: The journal cannot be reached.
+        """
+        return self._cache().behind.drain.flush(timeout)
+
+    def pending(self) -> dict[str, Any]:
+        """What waits: `pending`, `pending_bytes`, `oldest_s`, `dead_letters`.
+
+        Raises:
+            MusetError: The journal cannot be reached.
+        """
+        return asdict(self._cache().behind.journal.state())
+
+    def dead_letters(self, limit: int = 1000, *, after: str = "") -> list[dict[str, Any]]:
+        """Writes that were given up, in the order of when.
+
+        Args:
+            limit: How many at most.
+            after: The id behind which to begin.
+
+        Returns:
+            For each its `id`, `key`, `writer`, `error`, `attempts`, `first_failed` and
+            `last_failed` in unix seconds, and `superseded`: whether a newer value was accepted.
+
+        Raises:
+            MusetError: The journal cannot be reached.
+        """
+        found = self._cache().behind.journal.dead_letters(limit, after=after)
+        return [described(letter) for letter in found]
+
+    def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
+        """Let a dead letter be written again, at its place in the order of its key.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            ConflictError: A newer value was accepted since: this one would bring the old one back.
+        """
+        return self._cache().behind.requeue(id)
+
+    def drop(self, id: str) -> bool:  # noqa: A002
+        """Forget a dead letter: its write is lost. Whether there was one."""
+        return self._cache().behind.journal.drop(id)
+
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -286,7 +429,7 @@ def _decorated(
         return cache.load(key, partial(fn, *args, **kwargs), options_in(cache))  # type: ignore[no-any-return]
 
     def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
-        return find().delete(make_key(*args, **kwargs))
+        return find().invalidate(make_key(*args, **kwargs))
 
     wrapper.cache_key = make_key  # type: ignore[attr-defined]
     wrapper.invalidate = invalidate  # type: ignore[attr-defined]
@@ -319,6 +462,21 @@ def options_by_cache(
     return options_in
 
 
+def described(letter: DeadLetter) -> dict[str, Any]:
+    """A dead letter for people and JSON."""
+    record = letter.record
+    return {
+        "id": letter.id,
+        "key": record.key,
+        "writer": record.writer,
+        "error": letter.error,
+        "attempts": record.attempts,
+        "first_failed": letter.first_failed,
+        "last_failed": letter.last_failed,
+        "superseded": letter.is_superseded,
+    }
+
+
 def check_options(expire: float | None, options: Mapping[str, Any]) -> None:
     """Refuse wrong options where a function is decorated, whatever the app's default is."""
     LoadOptions(**{**options, "expire": 1.0 if expire in (None, math.inf) else expire})
@@ -339,3 +497,4 @@ class CacheStrategy:
 
     cache_aside = cache_manager.cache_aside
     write_through = cache_manager.write_through
+    write_behind = cache_manager.write_behind

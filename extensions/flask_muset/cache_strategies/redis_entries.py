@@ -20,6 +20,7 @@ from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.envelope import BEGAN, began_bytes, pack, unpack
 from flask_muset.cache_strategies.patterns import escape_glob, redis_glob
 from flask_muset.clock import SYSTEM
+from flask_muset.deadline import deadline
 from flask_muset.redis import GuardedRedis, Script
 
 __all__ = ["RedisEntries"]
@@ -178,6 +179,31 @@ class RedisEntries:
             words.append(self.now_us() + round(_GIVEN_UP * self._redis.budget_s * 1e6))
             keys = [prefix + key for prefix in (self._values, self._locks) for key in some]
             self._noted(self._redis.script(_CHANGE, keys, words))
+
+    def change_with(
+        self, script: Script, key: str, entry: Entry | None, words: Sequence[Any]
+    ) -> list[Any]:
+        """Write or delete one entry by a script that does more than that.
+
+        Args:
+            script: KEYS: value, lock.  ARGV: channel, sender, value or nothing to delete it, its
+                milliseconds or 0 for no end, name, the microseconds from which on it must do
+                nothing as its sender has given up; then `words`.
+            key: Of the entry.
+            entry: None to delete it.
+            words: What else the script is told.
+
+        Returns:
+            Its reply, a list, without the first word: the microseconds of now.
+        """
+        parts = [self.channel, self._sender, *self._packed(entry), key]
+        budget_s, left_s = self._redis.budget_s, deadline.remaining()
+        wait_s = budget_s if left_s is None else min(budget_s, left_s)
+        parts.append(self.now_us() + round(wait_s * 1e6))
+        keys = [self._values + key, self._locks + key]
+        reply: list[Any] = self._redis.script(script, keys, [*parts, *words])
+        self._noted(reply[0])
+        return reply[1:]
 
     def begin_write(self, key: str, token: bytes) -> Write:
         """Count a write of the source in; asked again with the same token, it is the same one."""

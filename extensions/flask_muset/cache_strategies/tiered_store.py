@@ -11,7 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
@@ -22,6 +22,7 @@ from flask_muset.cache_strategies.stores import Changing, Tell, tell_nobody
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import (
     CacheUnavailable,
+    ExternalServiceError,
     MusetError,
     OperationTimeoutError,
     OverloadedError,
@@ -29,7 +30,7 @@ from flask_muset.errors import (
 from flask_muset.locks import give_lock, make_event, run_beside
 from flask_muset.redis import GuardedRedis
 
-__all__ = ["TieredStore"]
+__all__ = ["Owed", "TieredStore"]
 
 T = TypeVar("T")
 
@@ -47,6 +48,18 @@ _LONG_S = 5.0
 def _call(method: Callable[[str], None] | None, state: str) -> None:
     if method is not None:
         method(state)
+
+
+class Owed(Protocol):
+    """What else Redis has to be told after an outage, before it is asked for anything."""
+
+    def __len__(self) -> int:
+        """How much there is of it."""
+        ...
+
+    def send(self) -> None:
+        """Tell it; raises a MusetError if it is away again, and keeps the rest."""
+        ...
 
 
 class _Reading:
@@ -110,6 +123,8 @@ class TieredStore(Changing):
         self._tags: dict[str, int] = {}
         self._resume_at = 0.0
         self._repairs = Repairs()
+        #: Is sent after the repairs, None if there is no such thing.
+        self.owed: Owed | None = None
         self._is_repairing = False
         self._held: dict[Lease, float] = {}
         self._is_renewing = False
@@ -140,9 +155,24 @@ class TieredStore(Changing):
             self._start()
         if self._redis.state != "up" or SYSTEM.now() < self._resume_at:
             return None
-        if self._repairs and not self._repair():
+        if (self._repairs or self.owed) and not self._repair():
             return None
         return self._entries
+
+    def reach(self) -> RedisEntries:
+        """The part of the store in Redis, which every process has told what it had missed.
+
+        Raises:
+            CacheUnavailable: Redis is away, or was less than half a second ago.
+        """
+        entries = self._reach()
+        if entries is None:
+            raise CacheUnavailable(
+                f"Redis cannot be asked, its link is {self._redis.state}; nothing has changed, try "
+                "again when it has been up for half a second",
+                retry_after=_SETTLING_S,
+            )
+        return entries
 
     def _start(self) -> None:
         with self._lock:
@@ -190,12 +220,14 @@ class TieredStore(Changing):
             self._is_repairing = True
         try:
             self._repairs.send(self._entries, self._note_tag)
+            if self.owed:
+                self.owed.send()
         except MusetError as error:
             _log.debug("invalidations could not be sent: %s", error)
             return False
         finally:
             self._is_repairing = False
-        return not self._repairs
+        return not (self._repairs or self.owed)
 
     def _link_changed(self, state: str) -> None:
         if state != "up":
@@ -203,7 +235,7 @@ class TieredStore(Changing):
             self._resume_at = NEVER
             return
         self._resume_at = SYSTEM.now() + _SETTLING_S
-        if self._repairs:
+        if self._repairs or self.owed:
             self._repair()
 
     # --- What the feed tells
@@ -219,7 +251,7 @@ class TieredStore(Changing):
     def confirmed(self, since: float) -> None:
         """All that was made invalid before is known."""
         self.memory.trusted_until = since + self._unlinked_s
-        if self._repairs and self._redis.state == "up":
+        if (self._repairs or self.owed) and self._redis.state == "up":
             # What Redis has refused, or what this process had no time for.
             run_beside(self._repair, name="cache-repair")
 
@@ -447,6 +479,41 @@ class TieredStore(Changing):
 
         operation = "delete" if None in changes.values() else "set"
         return self._ask(operation, change) or False
+
+    def change_once(
+        self, key: str, entry: Entry | None, change: Callable[[RedisEntries], T | None]
+    ) -> T | None:
+        """Let an entry be changed together with something else in Redis, which is asked once.
+
+        Args:
+            key: Of the entry.
+            entry: What is kept, None to delete it; its `began_us` is set.
+            change: Does it, and returns something true if it has changed anything.
+
+        Returns:
+            What `change` returns.
+
+        Raises:
+            MusetError: It was not done. Where the answer was lost on the way nobody knows, and the
+                entry is gone from both levels as soon as Redis can be told.
+        """
+        entries = self.reach()
+        self.memory.drop(key)
+        mark, is_known, done = self.memory.mark, False, None
+        try:
+            if entry is not None:
+                entry.began_us = entries.now_us()
+            done = change(entries)
+            is_known = True
+        except MusetError as error:
+            is_known = isinstance(error, ExternalServiceError)  # Redis has refused it
+            self._missed("delete" if entry is None else "set", error)
+            raise
+        finally:
+            if not is_known:
+                self._repairs.add_keys([key])
+            self._keep(key, entry if done else None, mark)
+        return done
 
     def begin_write(self, key: str, /) -> Write:
         """Say that the source will be written; the value goes now."""

@@ -10,11 +10,13 @@ from flask_muset.signals import (
     ErrorEvent,
     LinkEvent,
     PolicyEvent,
+    WriteBehindEvent,
     breaker_changed,
     cache_operated,
     error_handled,
     policy_decided,
     redis_link_changed,
+    write_behind_measured,
 )
 
 __all__ = ["Listeners"]
@@ -36,6 +38,7 @@ class Listeners:
         breaker_changed.connect(self.on_breaker)
         redis_link_changed.connect(self.on_link)
         cache_operated.connect(self.on_cache)
+        write_behind_measured.connect(self.on_write_behind)
 
     def on_error(self, sender: Any, *, event: ErrorEvent, **_: Any) -> None:
         """Count an error."""
@@ -70,6 +73,13 @@ class Listeners:
             self._families["cache_operations_total"].add(1, event.operation, event.status)
             if event.operation == "get" and event.duration_s is not None:
                 self._families["cache_get_duration_seconds"].observe(event.duration_s)
+
+    def on_write_behind(self, sender: Any, *, event: WriteBehindEvent, **_: Any) -> None:
+        """Show how much waits to be written behind."""
+        if self._concerns(sender):
+            self._families["write_behind_pending"].get().set(event.pending)
+            self._families["write_behind_oldest_seconds"].get().set(event.oldest_s)
+            self._families["write_behind_dead_letters"].get().set(event.dead_letters)
 
     def _show(self, family: str, name: str, state: str) -> None:
         self._families[family].get(name, str(state)).set(1.0)

@@ -1,0 +1,321 @@
+"""Write-behind: a write is accepted at the speed of the cache and brought to its source later.
+
+    write ── journal and cache agree, durable ──> True ── later, by any process ──> the source
+          └─ no room ──> the caller writes the source itself, in the order of the key
+          └─ the journal is away ──> False, nothing has changed
+
+Until the source has a value the journal answers for it, whatever the cache has lost.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flask_muset.cache_strategies.codec import Codec, Unreadable
+from flask_muset.cache_strategies.drain import Drain, describe
+from flask_muset.cache_strategies.entry import NEVER, Entry
+from flask_muset.cache_strategies.envelope import unpack
+from flask_muset.cache_strategies.journal import Claim, Journal, Record
+from flask_muset.cache_strategies.stores import Tell
+from flask_muset.cache_strategies.writers import WriteContext, Writer, Writers
+from flask_muset.clock import SYSTEM
+from flask_muset.deadline import deadline
+from flask_muset.errors import CacheUnavailable, MusetError, OperationTimeoutError
+from flask_muset.locks import give_lock
+
+__all__ = ["Gone", "WriteBehind"]
+
+_log = logging.getLogger(__name__)
+
+#: How long a call waits between two looks at whether it is its turn, at first and at most.
+_SHORTEST_WAIT_S = 0.002
+_LONGEST_WAIT_S = 0.05
+#: Keys that were written while the journal could not be asked, of which it is told later.
+_MOST_OVERTAKEN = 10_000
+
+
+class Gone(Entry):
+    """Stands for a value whose delete the source has not got yet."""
+
+    __slots__ = ()
+
+
+class WriteBehind:
+    """What one app does with a journal.
+
+    Args:
+        journal: Where writes wait.
+        writers: Who writes them.
+        drain: Writes them beside the requests.
+        codec: Makes bytes of values.
+        tell: Counts `write_behind`: `ok`, `through` for what the caller wrote, `unavailable`.
+        delay_s: Seconds for which a write waits for newer ones of its key.
+        drains: Whether this process writes what waits.
+        require_durable: Whether writes are refused where an accepted one could be lost.
+    """
+
+    _lock: Any
+
+    def __init__(
+        self,
+        journal: Journal,
+        writers: Writers,
+        drain: Drain,
+        codec: Codec,
+        *,
+        tell: Tell,
+        delay_s: float = 0.1,
+        drains: bool = True,
+        require_durable: bool = False,
+    ) -> None:
+        self.journal = journal
+        self.writers = writers
+        self.drain = drain
+        self._codec = codec
+        self._tell = tell
+        self._delay_s = delay_s
+        self._drains = drains
+        self._require_durable = require_durable
+        self._has_written = False
+        self._overtaken: dict[str, float] = {}
+        self._risks: list[str] | None = None
+        self._warned: set[str] = set()
+        drain.before_claims = self.catch_up
+        give_lock(self)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether something may wait that is to be read and written.
+
+        An app that has named no writer is looked at from its first write in this process on.
+        """
+        return self._has_written or bool(self.writers)
+
+    def start(self) -> None:
+        """Begin to write what waits, in this process."""
+        if self._drains:
+            self.drain.start()
+
+    def _forked(self) -> None:
+        self._risks = None
+
+    # --- Accepting
+
+    def accept(self, key: str, entry: Entry | None, writer: Writer | None) -> bool | None:
+        """Accept a write.
+
+        Args:
+            key: Of the value.
+            entry: What the cache keeps; None for a delete.
+            writer: Who writes it. None takes that of what waits; if nothing does, there is nothing
+                to be accepted.
+
+        Returns:
+            True: it is durable. False: the journal is away, and nothing has changed. None: there is
+            no room, or nothing to be accepted (see `next_writer`); nothing has changed.
+
+        Raises:
+            CacheUnavailable: It could be lost, and `require_durable` forbids that.
+        """
+        self._has_written = True
+        self.start()
+        deadline.check()
+        try:
+            self._look_at_risks()
+            self.catch_up()
+            seq = self._append(key, entry, writer)
+        except MusetError as error:
+            self._risks = None
+            deadline.check()  # where it was the caller's own time that was up
+            _log.debug("%r was not accepted: %s", key, error)
+            self._tell("write_behind", "unavailable", None)
+            return False
+        if not seq:
+            return None
+        self._tell("write_behind", "ok", None)
+        self.drain.wake()
+        return True
+
+    def _append(self, key: str, entry: Entry | None, writer: Writer | None) -> int | None:
+        if self._risks and self._require_durable:
+            raise CacheUnavailable(f"nothing is written behind: {' '.join(self._risks)}")
+        if writer is None or writer.name:
+            return self.journal.append(
+                key,
+                entry,
+                writer=None if writer is None else writer.name,
+                coalesces=writer is None or writer.coalesces,
+                delay_s=self._delay_s,
+            )
+        functions, seq = self.drain.functions, None
+        functions.expect(key)
+        try:
+            seq = self.journal.append(
+                key, entry, writer="", home=self.drain.home, delay_s=self._delay_s
+            )
+        finally:
+            functions.arrived(key, seq, writer)
+        return seq
+
+    def _look_at_risks(self) -> None:
+        """Say once what could lose a write; again after the journal was away."""
+        if self._risks is not None:
+            return
+        self._risks = self.journal.risks()
+        for risk in self._risks:
+            if risk not in self._warned:
+                self._warned.add(risk)
+                _log.warning("write-behind: %s", risk)
+
+    # --- In the caller's time
+
+    def next_writer(self, key: str) -> Writer | None:
+        """Who writes the last of what waits of a key; None if nothing does."""
+        record = self.journal.newest(key)
+        return None if record is None else self.drain.writer_of(record)
+
+    def write_now(self, key: str, entry: Entry | None, writer: Writer, seq: int) -> None:
+        """Write a value to its source in the caller's time.
+
+        Args:
+            key: Of the value.
+            entry: The value; None for a delete.
+            writer: Who writes it.
+            seq: That `turn` has given.
+
+        Raises:
+            Exception: What the writer has raised.
+        """
+        value = None if entry is None else self._codec.decode(entry.payload)
+        context = WriteContext(key, seq, f"{key}:{seq}", 1, entry is None)
+        with deadline(self.drain.timeout_s):
+            writer.write([(value, context)])
+        self._tell("write_behind", "through", None)
+
+    @contextmanager
+    def turn(self, key: str, *, supersedes: bool) -> Iterator[int]:
+        """Have a key's turn: nothing older is written after what is written within.
+
+        What waits and does not coalesce is written first. What coalesces is given up once the block
+        has ended well, if that `supersedes` it; else it is written first too.
+
+        Yields:
+            The sequence of what is written within.
+
+        Raises:
+            OperationTimeoutError: Somebody else has had the key's turn for too long.
+            Exception: What a writer of something older has raised.
+        """
+        try:
+            claim = self._hold(key)
+        except MusetError as error:
+            deadline.check()
+            _log.debug("%r is written without its turn: %s", key, error)
+            began = SYSTEM.wall()
+            yield round(began * 1e6)
+            self._overtake(key, began)
+            return
+        written = 0
+        try:
+            while True:
+                for record in _older(claim, supersedes=supersedes):
+                    self.drain.write_here(record)
+                    written = record.seq
+                if claim.is_whole:
+                    break
+                self.drain.settle(claim, written)
+                claim, written = self._hold(key), 0
+            yield claim.seq
+            if claim.records:
+                written = claim.records[-1].seq
+        finally:
+            self.drain.settle(claim, written)
+
+    def _hold(self, key: str) -> Claim:
+        until, pause_s = SYSTEM.now() + self.drain.timeout_s, _SHORTEST_WAIT_S
+        while True:
+            claim = self.journal.hold(key)
+            if claim is not None:
+                self.drain.keep([claim])
+                return claim
+            deadline.check()
+            if SYSTEM.now() >= until:
+                raise OperationTimeoutError(
+                    f"{key!r} is being written for {self.drain.timeout_s:g} s by somebody else"
+                )
+            SYSTEM.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
+
+    # --- What was written without the journal
+
+    def _overtake(self, key: str, began: float) -> None:
+        """What waits of a key since before this moment must not be written any more."""
+        with self._lock:
+            self._overtaken[key] = began
+            while len(self._overtaken) > _MOST_OVERTAKEN:
+                del self._overtaken[next(iter(self._overtaken))]
+
+    def catch_up(self) -> None:
+        """Tell the journal what was written while it was away, before anything is claimed.
+
+        Raises:
+            MusetError: It is still away.
+        """
+        while self._overtaken:
+            with self._lock:
+                if not self._overtaken:
+                    return
+                key, began = next(iter(self._overtaken.items()))
+            self.journal.supersede(key, began)
+            with self._lock:
+                if self._overtaken.get(key) == began:
+                    del self._overtaken[key]
+
+    def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
+        """Let a dead letter be written again; whether there was one."""
+        is_done = self.journal.requeue(id)
+        self._has_written = True
+        self.start()
+        self.drain.wake()
+        return is_done
+
+    # --- Reading
+
+    def pending(self, key: str) -> Entry | None:
+        """What was written and is not in the source yet: an entry, a `Gone`, or None."""
+        try:
+            record = self.journal.newest(key)
+            return None if record is None else self._entry(record)
+        except MusetError as error:
+            _log.debug("what waits of %r is not known: %s", key, error)
+            self._tell("get", "unavailable", None)
+            return None
+
+    def _entry(self, record: Record) -> Entry | None:
+        written_at = SYSTEM.now() - max(0.0, SYSTEM.wall() - record.accepted_at)
+        if record.deleted:
+            return Gone(self._codec.encode(None), created_at=written_at, is_negative=True)
+        try:
+            entry = unpack(record.data, 0)
+        except Unreadable:
+            self._tell("get", "unreadable", None)
+            return None
+        entry.created_at = written_at
+        entry.fresh_until = entry.gone_at = NEVER
+        return entry
+
+    def explain(self, key: str) -> dict[str, Any]:
+        """What waits of a key, for people."""
+        try:
+            return self.journal.explain(key)
+        except MusetError as error:
+            return {"unknown": describe(error)}
+
+
+def _older(claim: Claim, *, supersedes: bool) -> tuple[Record, ...]:
+    """What is to be written before something new is."""
+    if not supersedes:
+        return claim.records
+    kept = [index for index, record in enumerate(claim.records) if not record.coalesces]
+    return claim.records[: kept[-1] + 1 if kept else 0] if claim.is_whole else claim.records
