@@ -11,20 +11,28 @@ from flask import Flask
 from sqlalchemy import Engine
 
 from flask_muset import CacheStrategies, ErrorHandler, Metrics, Resilience, logging, tracing
+from flask_muset.clock import SYSTEM
+from flask_muset.locks import run_beside
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
-from muset.adapters.cache import NoCache
+from muset.adapters.cache import JournalProbe, NoCache
 from muset.adapters.documents import SqliteDocumentStore
 from muset.adapters.keys import SqliteKeyStore
+from muset.adapters.preferences import SqlitePreferenceStore
 from muset.adapters.redis import RedisProbe
 from muset.adapters.sqlite import Database, is_outage
-from muset.blueprints import admin, ask, auth, documents, health, openapi
+from muset.adapters.usage import SqliteUsageStore
+from muset.blueprints import admin, ask, auth, documents, health, openapi, users
+from muset.blueprints.strict_json import StrictJSON
 from muset.ports import Cache, Document, Probe, TrackCall
 from muset.providers.extractive import ExtractiveProvider
 from muset.services.ask import Answer, AskService
+from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
 from muset.services.keys import KeyService
+from muset.services.preferences import PreferenceService
+from muset.services.usage import UsageService
 from muset.settings import Settings, load_settings
 
 __all__ = ["Services", "create_app", "make_services"]
@@ -40,6 +48,8 @@ class Services:
     keys: KeyService
     documents: DocumentService
     ask: AskService
+    preferences: PreferenceService
+    dead_letters: DeadLetterService
     probes: Sequence[Probe]
 
 
@@ -50,17 +60,17 @@ def make_services(
     *,
     instrument: Callable[[Engine], None] | None = None,
     track: TrackCall | None = None,
-    redis: GuardedRedis | None = None,
+    probes: Sequence[Probe] = (),
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
     Args:
         settings: What holds.
         resilience: Where the policies are declared.
-        cache: Where documents and answers are kept; None for nowhere.
+        cache: Where documents and answers are kept, and writes accepted; None for nowhere.
         instrument: Is given each database engine, to count its queries.
         track: Counts the calls of models.
-        redis: Whether it answers is probed.
+        probes: Of what is used beside the database.
     """
     database = Database(settings.database_url, _database_policy(resilience), instrument)
     store = SqliteDocumentStore(database)
@@ -77,8 +87,11 @@ def make_services(
             resilience.policy(provider.name),
             time.monotonic,
             track,
+            UsageService(SqliteUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside),
         ),
-        probes=(database,) if redis is None else (database, RedisProbe(redis)),
+        preferences=PreferenceService(SqlitePreferenceStore(database), cache),
+        dead_letters=DeadLetterService(cache),
+        probes=(database, *probes),
     )
 
 
@@ -136,7 +149,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """
     settings = load_settings() if settings is None else settings
     app = Flask("muset")
-    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.json = StrictJSON(app)
     # JSON may write a character of two bytes as an escape of six.
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
     app.config["MAX_FORM_PARTS"] = 16
@@ -154,6 +167,8 @@ def create_app(settings: Settings | None = None) -> Flask:
             "other of changes; set REDIS_URL, or WEB_CONCURRENCY=1",
             settings.web_concurrency,
         )
+    if settings.journal_path is not None:
+        app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
     cache = CacheStrategies(app, redis=redis)
     for kept in (Answer, Document):
         cache.register(kept)
@@ -163,12 +178,13 @@ def create_app(settings: Settings | None = None) -> Flask:
         cache,
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
-        redis=redis,
+        probes=[*([] if redis is None else [RedisProbe(redis)]), JournalProbe(cache.pending)],
     )
     resilience.init_app(app)
     for blueprint in (
         documents.blueprint,
         ask.blueprint,
+        users.blueprint,
         admin.blueprint,
         health.blueprint,
         openapi.make_blueprint(app),

@@ -8,7 +8,9 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import wraps
 from http.client import HTTPException
@@ -21,17 +23,21 @@ import click
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_muset import Resilience
+from flask_muset.cache_strategies import cache_manager
 from flask_muset.errors import MusetError
 from muset import __version__, migrations
-from muset.app import Services, make_services
+from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Principal, Role
+from muset.services.dead_letters import DeadLetterService
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
 
 __all__ = ["main"]
 
 _ADMIN = "admin@localhost"
 _UNSURE = 3
+_LONGEST_FLUSH_S = 86_400
+_PAGE = 100
 _MAX_METRICS_BYTES = 100_000_000
 _TEXTS = (".txt", ".text", ".md", ".markdown")
 _LIFETIME = re.compile(r"([1-9][0-9]{0,4})([dhm])")
@@ -73,7 +79,9 @@ def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     services = make_services(settings, Resilience())
-    services.database.write(migrations.upgrade)
+    # Else nothing is written: the service may have the database locked.
+    if not services.database.read(migrations.is_newest):
+        services.database.write(migrations.upgrade)
     return services
 
 
@@ -288,6 +296,111 @@ def ask(question: str, documents: tuple[int, ...], as_json: bool) -> None:
             click.echo(f"  [{c.document_id}] {c.title}, characters {c.start} to {c.end}")
     if answer.status is AnswerStatus.UNSURE:
         sys.exit(_UNSURE)
+
+
+# --- the cache ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _app() -> Iterator[Services]:
+    """The whole service in this process, beside the one that may be running."""
+    settings = load_settings()
+    _open(settings).database.close()
+    # The port of the metrics is the service's, and this is one process.
+    alone = {"ENABLE_METRICS": False, "WEB_CONCURRENCY": 1}
+    app = create_app(replace(settings, values={**settings.values, **alone}))
+    with app.app_context():
+        try:
+            yield app.extensions["muset"]
+        finally:
+            app.extensions["muset"].database.close()
+
+
+@main.group()
+def cache() -> None:
+    """Look after what waits to be written; works while the service runs."""
+
+
+def _flush_timeout(_context: object, _option: object, seconds: float) -> float:
+    if not 0 <= seconds <= _LONGEST_FLUSH_S:
+        raise click.BadParameter(f"must be from 0 to {_LONGEST_FLUSH_S} seconds, got {seconds:g}.")
+    return seconds
+
+
+@cache.command("flush")
+@click.option(
+    "--timeout",
+    type=float,
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    callback=_flush_timeout,
+    help="Seconds to wait.",
+)
+@_guarded
+def flush_cache(timeout: float) -> None:
+    """Write all that was accepted to where it belongs; exit code 1 if something is left."""
+    with _app():
+        is_done = cache_manager.flush(timeout=timeout)
+        state = cache_manager.pending()
+    if not is_done:
+        _fail(
+            f"not all is written: {state['pending']} left, the oldest has waited for "
+            f"{state['oldest_s']:.0f} s; {state['dead_letters']} given up, see "
+            "`muset cache dead-letters list`."
+        )
+    click.echo("All is written.")
+
+
+@cache.group("dead-letters")
+def dead_letters() -> None:
+    """Look after writes that were given up."""
+
+
+def _all_dead_letters(letters: DeadLetterService) -> list[Mapping[str, Any]]:
+    found: list[Mapping[str, Any]] = []
+    after: str | None = ""
+    while after is not None:
+        page, after = letters.list(_PAGE, after)
+        found += page
+    return found
+
+
+@dead_letters.command("list")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON.")
+@_guarded
+def list_dead_letters(as_json: bool) -> None:
+    """List them: id, writer, key, attempts, when the last one failed, and why."""
+    with _app() as services:
+        found = _all_dead_letters(services.dead_letters)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for letter in found:
+        state = "superseded" if letter["superseded"] else f"{letter['attempts']} attempts"
+        error = " ".join(letter["error"].split())
+        columns = (letter["id"], letter["writer"], letter["key"], state, letter["last_failed"])
+        click.echo("\t".join((*columns, error)))
+
+
+@dead_letters.command("requeue")
+@click.argument("letter_id", metavar="ID")
+@_guarded
+def requeue_dead_letter(letter_id: str) -> None:
+    """Have one written again, at its old place in the order."""
+    with _app() as services:
+        services.dead_letters.settle(letter_id, "requeue")
+    click.echo(f"Dead letter {letter_id} is requeued.")
+
+
+@dead_letters.command("drop")
+@click.argument("letter_id", metavar="ID")
+@_guarded
+def drop_dead_letter(letter_id: str) -> None:
+    """Forget one."""
+    with _app() as services:
+        services.dead_letters.settle(letter_id, "drop")
+    click.echo(f"Dead letter {letter_id} is dropped.")
 
 
 # --- settings and database ------------------------------------------------------------------------

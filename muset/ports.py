@@ -3,13 +3,14 @@
 Services are written against these names alone; `muset.app` hands the adapters in.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Role(StrEnum):
@@ -45,6 +46,43 @@ class Principal:
     def is_admin(self) -> bool:
         """Whether every document may be changed."""
         return self.role is Role.ADMIN
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who has asked a question, and with which request."""
+
+    user_id: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class UsageEntry:
+    """What one request has used; entries are added up, so each is kept exactly once.
+
+    Attributes:
+        id: Its own, made by whoever records it.
+        day: In UTC, as YYYY-MM-DD.
+        status: `success | error | partial | client_closed`.
+        requests: How many these are.
+        input_tokens: Billed tokens.
+        output_tokens: Billed tokens.
+        estimated: Whether the tokens were counted here, because the provider did not say.
+        cost: In billionths of the currency of the prices: whole, so that sums are exact.
+    """
+
+    id: str
+    user_id: int
+    request_id: str
+    model: str
+    provider: str
+    day: str
+    status: str
+    requests: int = 1
+    input_tokens: int = 0
+    output_tokens: int = 0
+    estimated: bool = False
+    cost: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +215,43 @@ class CallPolicy(Protocol):
         ...
 
 
-class Cache(Protocol):
-    """Values by key that may be gone at any time."""
+class Write(Protocol):
+    """What a writer is told beside the value."""
+
+    @property
+    def key(self) -> str:
+        """Of the value in the cache."""
+        ...
+
+    @property
+    def seq(self) -> int:
+        """Grows from write to write: who has a greater one has something newer."""
+        ...
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the value is gone; then None stands for it."""
+        ...
+
+
+class Journal(Protocol):
+    """Writes that were accepted and given up. Every method raises where it cannot be reached."""
+
+    def dead_letters(self, limit: int = ..., *, after: str = ...) -> Sequence[Mapping[str, Any]]:
+        """Those behind the one that `after` names; times are unix times."""
+        ...
+
+    def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
+        """Let one be written again; whether there was one."""
+        ...
+
+    def drop(self, id: str) -> bool:  # noqa: A002
+        """Forget one; whether there was one."""
+        ...
+
+
+class Cache(Journal, Protocol):
+    """Values by key that may be gone at any time, but for those that wait to be written."""
 
     def cache_aside(
         self,
@@ -202,6 +275,44 @@ class Cache(Protocol):
 
     def delete(self, key: str) -> bool:
         """Forget a key; who is fetching it now does not put it in any more."""
+        ...
+
+    def writer(
+        self,
+        name: str,
+        *,
+        coalesce: bool = True,
+        batch: int | None = None,
+        patterns: Iterable[str] = (),
+    ) -> Callable[[F], F]:
+        """Declare a function that writes values to their source; it stays what it is.
+
+        Args:
+            name: What a journal calls it.
+            coalesce: Whether only the last of several writes of a key matters.
+            batch: How many writes it takes at once at most; None for one, not in a list.
+            patterns: Keys that it writes.
+        """
+        ...
+
+    def write_behind(
+        self,
+        key: str,
+        value: T,
+        write_func: Callable[..., Any],
+        expire: float | None = None,
+    ) -> bool:
+        """Accept a value that its source gets later, and once more if somebody dies meanwhile.
+
+        Args:
+            key: Of the value.
+            value: What is read from now on.
+            write_func: One that was declared.
+            expire: Seconds for which it is fresh.
+
+        Returns:
+            True: it survives this process. False: nothing has changed.
+        """
         ...
 
 
@@ -282,6 +393,55 @@ class DocumentStore(Protocol):
         ...
 
 
+class PreferenceStore(Protocol):
+    """What users like, as a JSON object each; older writes never undo newer ones."""
+
+    def get(self, user_id: int) -> dict[str, Any] | None:
+        """An empty one for a user without any; None if there is no such user."""
+        ...
+
+    def put(self, user_id: int, preferences: Mapping[str, Any], seq: int) -> None:
+        """Keep them, unless those that are there have a sequence that is not smaller."""
+        ...
+
+    def delete(self, user_id: int, seq: int) -> None:
+        """Forget them, unless they have a sequence that is not smaller."""
+        ...
+
+
+class UsageStore(Protocol):
+    """The ledger."""
+
+    def add(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Add entries in one transaction; one whose id is there already is left as it is.
+
+        Args:
+            entries: Each has the fields of `UsageEntry`.
+        """
+        ...
+
+
+class Ledger(Protocol):
+    """Where it is written down what was used."""
+
+    def record(
+        self,
+        asker: Asker,
+        *,
+        provider: str,
+        model: str,
+        status: str,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+    ) -> None:
+        """Write one request down, whatever has become of it; it raises nothing."""
+        ...
+
+
+class NotReadyError(Exception):
+    """Why a dependency is not ready, in words that everybody may read."""
+
+
 class Probe(Protocol):
     """Whether a dependency answers.
 
@@ -294,5 +454,10 @@ class Probe(Protocol):
     is_needed: bool
 
     def check(self, timeout_s: float) -> None:
-        """Return if it answers in time, else raise."""
+        """Return if it answers in time, else raise.
+
+        Raises:
+            NotReadyError: It answers, and is not well.
+            Exception: It does not answer; the text may be for nobody but those who read the log.
+        """
         ...

@@ -277,6 +277,11 @@ class Settings:
         return Path(self.values["MUSET_DATA_DIR"]).absolute()
 
     @property
+    def journal_path(self) -> Path | None:
+        """File of the writes that were accepted; None with Redis, which has them."""
+        return self.data_dir / "journal.db" if self.redis_url is None else None
+
+    @property
     def database_url(self) -> str:
         """URL of the database."""
         return str(self.values["DATABASE_URL"] or f"sqlite:///{self.data_dir / 'muset.db'}")

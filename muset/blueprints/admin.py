@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from flask import Blueprint, Response, current_app, jsonify
+from flask import Blueprint, Response, current_app, jsonify, request
 from spectree import Response as Described
 
 from flask_muset.cache_strategies import cache_manager
@@ -14,6 +14,10 @@ from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
 from muset.blueprints.auth import principal, require_admin
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import (
+    DeadLetterIn,
+    DeadLetterList,
+    DeadLetterOut,
+    DeadLetterQuery,
     ErrorList,
     InvalidateIn,
     InvalidateOut,
@@ -22,8 +26,11 @@ from muset.blueprints.schemas import (
     PolicyList,
     PolicyOut,
 )
+from muset.services.dead_letters import DeadLetterService
 
 __all__ = ["blueprint"]
+
+_DONE = {"requeue": "requeued", "drop": "dropped"}
 
 _audit = logging.getLogger("muset.audit")
 # Whatever LOG_LEVEL is: what an operator changes is always written down.
@@ -95,6 +102,33 @@ def invalidate_cache() -> Response:
     deleted = cache_manager.delete_pattern(body.pattern)
     _log_change(f"{deleted} keys of the cache deleted, which match {body.pattern!a}")
     return jsonify({"deleted": deleted})
+
+
+@blueprint.get("/cache/dead-letters")
+@spec.validate(query=DeadLetterQuery, resp=Described(HTTP_200=DeadLetterList), tags=["admin"])
+def list_dead_letters() -> Response:
+    """Writes that were accepted and then given up, the first one first."""
+    page: DeadLetterQuery = request.context.query  # type: ignore[attr-defined]
+    items, cursor = _dead_letters().list(page.limit, page.cursor or "")
+    return jsonify({"items": items, "next_cursor": cursor})
+
+
+@blueprint.post("/cache/dead-letters/<letter_id>")
+@spec.validate(json=DeadLetterIn, resp=Described(HTTP_200=DeadLetterOut), tags=["admin"])
+def settle_dead_letter(letter_id: str) -> Response:
+    """Have a dead letter written again, at its old place in the order, or forget it.
+
+    One that a newer write has superseded can only be dropped: 409.
+    """
+    body: DeadLetterIn = json_body()
+    _dead_letters().settle(letter_id, body.action)
+    _log_change(f"dead letter {letter_id} {_DONE[body.action]}")
+    return jsonify({"id": letter_id, "action": body.action})
+
+
+def _dead_letters() -> DeadLetterService:
+    service: DeadLetterService = current_app.extensions["muset"].dead_letters
+    return service
 
 
 def _log_change(what: str) -> None:

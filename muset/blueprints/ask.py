@@ -5,9 +5,11 @@ from dataclasses import asdict
 from flask import Blueprint, Response, current_app, jsonify
 from spectree import Response as Described
 
-from muset.blueprints.auth import require_key
+from flask_muset.context import request_id
+from muset.blueprints.auth import principal, require_key
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import AskIn, AskOut
+from muset.ports import Asker
 from muset.services.ask import AskService
 
 __all__ = ["blueprint"]
@@ -28,6 +30,7 @@ def ask() -> Response:
         k=body.k,
         model=body.model,
         max_tokens=body.max_tokens,
+        asker=Asker(principal().user_id, request_id() or ""),
     )
     return jsonify(
         {

@@ -7,7 +7,7 @@ from spectree import Response as Described
 
 from muset.blueprints.openapi import spec
 from muset.blueprints.schemas import Live, Ready
-from muset.ports import Probe
+from muset.ports import NotReadyError, Probe
 
 __all__ = ["blueprint"]
 
@@ -29,9 +29,10 @@ def ready() -> Response:
     """Whether requests should be sent here."""
     checks, reasons, status = {}, [], "ready"
     for probe in current_app.extensions["muset"].probes:
-        checks[probe.name] = _state_of(probe)
-        if checks[probe.name] != "ok":
-            reasons.append(f"the {probe.name} does not answer")
+        complaint = _complaint_of(probe)
+        checks[probe.name] = "ok" if complaint is None else "failed"
+        if complaint is not None:
+            reasons.append(complaint)
             status = "unavailable" if probe.is_needed or status == "unavailable" else "degraded"
     worker = sys.modules.get("flask_muset.worker")
     if worker is not None and worker.draining():
@@ -43,11 +44,13 @@ def ready() -> Response:
     return response
 
 
-def _state_of(probe: Probe) -> str:
-    """The reason stays in the log: it may name hosts and paths."""
+def _complaint_of(probe: Probe) -> str | None:
+    """What is wrong; an unexpected reason stays in the log: it may name hosts and paths."""
     try:
         probe.check(_PROBE_TIMEOUT_S)
+    except NotReadyError as error:
+        return str(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, the part is not ready
         current_app.logger.warning("%s is not ready: %s", probe.name, type(error).__name__)
-        return "failed"
-    return "ok"
+        return f"the {probe.name} does not answer"
+    return None

@@ -9,10 +9,10 @@ from spectree.models import SecureType, SecuritySchemeData
 from werkzeug.exceptions import UnsupportedMediaType
 
 from flask_muset.error_handler import openapi_components
-from flask_muset.errors import TABLE, ErrorCategory
+from flask_muset.errors import TABLE, ErrorCategory, ValidationError
 from muset import __version__
 
-__all__ = ["json_body", "make_blueprint", "make_docs", "spec"]
+__all__ = ["json_body", "json_object", "make_blueprint", "make_docs", "spec"]
 
 PATH = "/api/v1/openapi.json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -29,11 +29,27 @@ def json_body() -> Any:
     return request.context.json  # type: ignore[attr-defined]
 
 
+def json_object() -> dict[str, Any]:
+    """The body of a route that takes any JSON object, as it was sent.
+
+    Spectree takes an empty value, and one that cannot be read, for an empty object.
+
+    Raises:
+        UnsupportedMediaType: The body is no JSON.
+        BadRequest: It cannot be read.
+        ValidationError: It is another value.
+    """
+    body = request.get_json()
+    if not isinstance(body, dict):
+        raise ValidationError("the body must be a JSON object")
+    return body
+
+
 def _before(_request: Any, _response: Any, error: Any, _instance: Any, _adapter: Any) -> None:
     """Raise what spectree found, so that ErrorHandler answers it like every other error."""
     if error is None:
         return
-    if request.method == "POST" and request.mimetype not in _FORMS:
+    if request.method in ("POST", "PUT") and request.mimetype not in _FORMS:
         request.get_json()  # a body that cannot be read at all is a 400 or 415
     raise error
 
@@ -68,9 +84,10 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> dict[str, Er
         found["422"] = ErrorCategory.VALIDATION
     if "{" in path:
         found["404"] = ErrorCategory.NOT_FOUND
-    if "/admin/policies/" in path:
+    if "/admin/" in path and "{" in path and method == "post":
         found["409"] = ErrorCategory.CONFLICT
-    if "/admin/" in path or method == "delete":  # only its owner and admins may delete a thing
+    # Only its owner and admins may delete a thing, or see what is a user's own.
+    if "/admin/" in path or "/users/" in path or method == "delete":
         found["403"] = ErrorCategory.AUTHORIZATION
     return found
 

@@ -3,23 +3,30 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
 
 __all__ = [
     "AskIn",
     "AskOut",
+    "DeadLetterIn",
+    "DeadLetterList",
+    "DeadLetterOut",
+    "DeadLetterQuery",
     "DocumentForm",
     "DocumentIn",
     "DocumentList",
     "DocumentOut",
     "DocumentWithText",
     "ErrorList",
+    "InvalidateIn",
+    "InvalidateOut",
     "KeptError",
     "Live",
     "PageQuery",
     "PolicyIn",
     "PolicyList",
     "PolicyOut",
+    "Preferences",
     "Ready",
 ]
 
@@ -129,6 +136,10 @@ class AskOut(BaseModel):
     cached: bool
 
 
+class Preferences(RootModel[dict[str, Any]]):
+    """Any JSON object of at most 16,384 bytes as compact JSON, and 64 levels."""
+
+
 class KeptError(BaseModel):
     """The newest occurrences of one fault in this process."""
 
@@ -199,6 +210,48 @@ class InvalidateOut(BaseModel):
     """Exactly how many there were."""
 
     deleted: int
+
+
+class DeadLetterQuery(BaseModel):
+    """Which page of the dead letters."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    limit: Annotated[int, Field(ge=1, le=100)] = 50
+    cursor: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9-]{1,100}$")] | None = None
+
+
+class DeadLetter(BaseModel):
+    """A write that was accepted and given up; `superseded` if a newer one has made it void."""
+
+    id: str
+    key: str
+    writer: str
+    error: str
+    attempts: int
+    first_failed: datetime
+    last_failed: datetime
+    superseded: bool
+
+
+class DeadLetterList(BaseModel):
+    """The dead letters, the one that was given up first at the head."""
+
+    items: list[DeadLetter]
+    next_cursor: str | None
+
+
+class DeadLetterIn(_In):
+    """What is to become of a dead letter: written again, or forgotten."""
+
+    action: Literal["requeue", "drop"]
+
+
+class DeadLetterOut(BaseModel):
+    """What was done."""
+
+    id: str
+    action: Literal["requeue", "drop"]
 
 
 class Live(BaseModel):

@@ -2,10 +2,10 @@
 
 from datetime import datetime
 
-from sqlalchemy import ForeignKey, LargeBinary, MetaData, Text, UniqueConstraint
+from sqlalchemy import BigInteger, ForeignKey, LargeBinary, MetaData, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "Document", "Key", "Passage", "User"]
+__all__ = ["Base", "Document", "Key", "Passage", "Preferences", "Usage", "User"]
 
 
 class Base(DeclarativeBase):
@@ -74,3 +74,40 @@ class Passage(Base):
     start: Mapped[int]
     end: Mapped[int]
     text: Mapped[str] = mapped_column(Text)
+
+
+class Preferences(Base):
+    """What a user likes, as the text of a JSON object.
+
+    `seq` is the sequence of the write that this is: an older one that comes late is refused by it.
+    """
+
+    __tablename__ = "preferences"
+
+    user_id: Mapped[int] = mapped_column(
+        ForeignKey("users.id", ondelete="CASCADE"), primary_key=True
+    )
+    data: Mapped[str] = mapped_column(Text)
+    seq: Mapped[int] = mapped_column(BigInteger)
+
+
+class Usage(Base):
+    """What one request has used; `cost` in billionths, so that sums are exact.
+
+    Whoever has used it may be gone: no foreign key.
+    """
+
+    __tablename__ = "usage"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[int]
+    request_id: Mapped[str]
+    model: Mapped[str]
+    provider: Mapped[str]
+    day: Mapped[str] = mapped_column(index=True)
+    status: Mapped[str]
+    requests: Mapped[int]
+    input_tokens: Mapped[int] = mapped_column(BigInteger)
+    output_tokens: Mapped[int] = mapped_column(BigInteger)
+    estimated: Mapped[bool]
+    cost: Mapped[int] = mapped_column(BigInteger)

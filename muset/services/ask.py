@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from flask_muset.errors import ValidationError
 from muset.ports import (
     AnswerStatus,
+    Asker,
     Cache,
     CallPolicy,
     Citation,
     DocumentStore,
+    Ledger,
     Provider,
     ProviderAnswer,
     Retrieval,
@@ -68,6 +70,7 @@ class AskService:
         policy: What guards the calls of the provider.
         clock: Seconds that never go back.
         track: Counts a call: model, seconds, outcome, tokens in and out.
+        ledger: Where it is written down who has used what; None for nowhere.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class AskService:
         policy: CallPolicy,
         clock: Callable[[], float],
         track: TrackCall | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._documents = documents
         self._cache = cache
@@ -85,6 +89,7 @@ class AskService:
         self._policy = policy
         self._clock = clock
         self._track = track
+        self._ledger = ledger
 
     def ask(
         self,
@@ -94,6 +99,7 @@ class AskService:
         k: int = 8,
         model: str | None = None,
         max_tokens: int | None = None,
+        asker: Asker | None = None,
     ) -> Answer:
         """Answer a question; the same one about the same documents is answered once.
 
@@ -103,6 +109,7 @@ class AskService:
             k: Passages that the provider gets at most.
             model: One that the provider has; None takes its first.
             max_tokens: Length of the answer at most.
+            asker: In whose name it is written down; None for nobody's.
 
         Raises:
             ValidationError: The question is blank, or a model or document does not exist.
@@ -114,6 +121,35 @@ class AskService:
             missing = sorted(set(document_ids) - self._documents.existing(document_ids))
             if missing:
                 raise ValidationError(f"unknown ids {missing}", field="document_ids")
+        answer = None
+        try:
+            answer = self._cached(question, document_ids, k, chosen, max_tokens)
+            return answer
+        finally:
+            if asker is not None:
+                self._record(asker, chosen, answer)
+
+    def _record(self, asker: Asker, model: str, answer: Answer | None) -> None:
+        if self._ledger is None:
+            return
+        tokens = (0, 0) if answer is None else (answer.input_tokens, answer.output_tokens)
+        self._ledger.record(
+            asker,
+            provider=self._provider.name,
+            model=model,
+            status="error" if answer is None else "success",
+            input_tokens=tokens[0],
+            output_tokens=tokens[1],
+        )
+
+    def _cached(
+        self,
+        question: str,
+        document_ids: Sequence[int] | None,
+        k: int,
+        chosen: str,
+        max_tokens: int | None,
+    ) -> Answer:
         asked = {
             "question": question,
             "documents": None if document_ids is None else sorted(set(document_ids)),

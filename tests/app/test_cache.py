@@ -160,7 +160,7 @@ def test_an_admin_invalidates_by_pattern(client, member, admin, caplog):
     assert "2 keys of the cache deleted, which match 'document:*'" in caplog.text
     assert invalidate(admin, pattern="document:*").json == {"deleted": 0}
     assert ask(client, member).json["cached"] is True
-    assert invalidate(admin, pattern="*").json["deleted"] == 1
+    assert invalidate(admin, pattern="ask:*").json == {"deleted": 1}
     assert invalidate(admin, pattern="").status_code == 422
     assert invalidate(admin, pattern="x" * 2000).status_code == 422
 

@@ -290,8 +290,8 @@ def test_redis_is_not_needed(make, tmp_path):
     _, client, _ = make(REDIS_URL=server.url)
     answer = client.get("/health/ready")
     assert (answer.status_code, answer.json["status"]) == (200, "degraded")
-    assert answer.json["reasons"] == ["the redis does not answer"]
-    assert answer.json["checks"] == {"database": "ok", "redis": "failed"}
+    assert answer.json["reasons"] == ["the redis does not answer", "the journal does not answer"]
+    assert answer.json["checks"] == {"database": "ok", "redis": "failed", "journal": "failed"}
     server.start()
     try:
         end = time.monotonic() + 10
@@ -304,4 +304,4 @@ def test_redis_is_not_needed(make, tmp_path):
     assert 'muset_redis_calls_total{client="redis",outcome="ok"}' in text
     assert 'outcome="NetworkError"' in text
     assert "muset_database_connections_used 0.0" in text
-    assert make()[1].get("/health/ready").json["checks"] == {"database": "ok"}
+    assert make()[1].get("/health/ready").json["checks"] == {"database": "ok", "journal": "ok"}

@@ -13,7 +13,7 @@ from flask_muset.cache_strategies.loading import Answer, Loader, LoadOptions, Ou
 from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.stores import Store, Tell
 from flask_muset.cache_strategies.write_behind import Gone, WriteBehind
-from flask_muset.cache_strategies.writers import Writer
+from flask_muset.cache_strategies.writers import WriteContext, Writer, takes_context
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
 from flask_muset.errors import NotFoundError
@@ -54,6 +54,8 @@ def _refuse_awaitable(result: Any) -> None:
 
 _BYPASSED = Answer(None, Outcome.BYPASS, 0.0)
 _MISSED = Answer(None, Outcome.MISS, 0.0)
+
+_MOMENT_S = 0.001
 
 #: Who is told of operations; without anybody they are not timed.
 _listeners = cache_operated.receivers
@@ -302,7 +304,8 @@ class Cache:
         """A value of the cache, or of one load."""
         if self._is_off:
             self._note(_BYPASSED)
-            return fetch()
+            waiting = self.behind.pending(key) if self.behind.is_used else None
+            return fetch() if waiting is None else self._decode(waiting.payload)
         try:
             answer = self._loader.get(key, fetch, options)
         except NotFoundError:
@@ -326,8 +329,10 @@ class Cache:
         known = check_tags(tags)
         self._entry(value, expire, known)
 
-        def write(_seq: int) -> None:
-            _refuse_awaitable(write_func(value))
+        def write(seq: int) -> None:
+            args = (WriteContext(key, seq, f"{key}:{seq}", 1, False),) if seq else ()
+            wants = args and takes_context(write_func)
+            _refuse_awaitable(write_func(value, *args) if wants else write_func(value))
 
         # As it is afterwards: it may have got its id from the source.
         is_done = self._through(check_key(key), write, lambda: self._entry(value, expire, known))
@@ -345,6 +350,9 @@ class Cache:
         """Write the cache and the journal, the source later."""
         writer = self.behind.writers.of(write_func)
         entry = self._entry(value, expire, check_tags(tags))
+        if self._is_off:
+            # Where nothing is kept nobody would make it invalid either.
+            entry.fresh_until = entry.gone_at = min(entry.gone_at, SYSTEM.now() + _MOMENT_S)
         is_accepted = self.behind.accept(check_key(key), entry, writer)
         self._loader.detach(key)
         if is_accepted is None:

@@ -42,11 +42,16 @@ _LONGEST_PAUSE_S = 60.0
 _KEYS_AWAY = 5
 _PROBE_S = 0.5
 _AWAY_PAUSE_S = 2.0
-#: A record whose function is on its way into this process's table.
+#: For a record whose function is on its way into this process's table, and for a key that is due
+#: and was not to be had.
 _MOMENT_S = 0.02
 _ERROR_CHARACTERS = 1000
-#: Of a record whose writer is not known here: a newer version of the app may know it.
+#: Of a record whose writer is not known here, and seconds for which it is waited for at least: a
+#: newer version of the app may know it.
 _MOST_ATTEMPTS = 5
+_DEPLOY_S = 600.0
+#: Seconds for which an error that may be tried again kills nothing: a database restarts in less.
+_RESTART_S = 60.0
 
 
 def write_context(record: Record) -> WriteContext:
@@ -234,7 +239,7 @@ class Drain:
             return _POLL_S
         if claimed and self._running < self._at_once:
             return 0.0
-        return _POLL_S if due_s is None else min(due_s, _POLL_S)
+        return _POLL_S if due_s is None else min(max(due_s, _MOMENT_S), _POLL_S)
 
     def _tell_state(self) -> None:
         now = SYSTEM.now()
@@ -420,15 +425,11 @@ class Drain:
         return None if failed is None else self._failed(writer, record, failed)
 
     def _resolve(self, record: Record) -> Writer:
-        if record.writer:
-            return self._writers.named(record.writer)
-        writer = self.functions.get(record) or self._writers.owner(record.key)
-        if writer is None:
-            raise UnknownWriter(
-                "its function was gone with its process, and no writer's patterns match the key",
-                is_final=True,
-            )
-        return writer
+        if record.home:
+            writer = self.functions.get(record) or self._writers.owner(record.key)
+            if writer is not None:
+                return writer
+        return self._writers.named(record.writer)
 
     def _source(self, writer: Writer) -> _Source:
         return self._sources.setdefault(writer.name, _Source(writer.name))
@@ -459,18 +460,10 @@ class Drain:
     def _failed(self, writer: Writer | None, record: Record, error: Exception) -> Failure:
         text, attempts = describe(error), record.attempts + 1
         known = translate(error, context.translations())
-        is_final = isinstance(error, UnknownWriter) and error.is_final
-        counts = True
-        if writer is not None:
-            source = self._source(writer)
-            if not known.retryable:
-                source.answered()
-            elif source.is_away:
-                counts = False
-            else:
-                source.failed(record.key, text)
-        most = _MOST_ATTEMPTS if writer is None else writer.max_attempts
-        if is_final or (counts and attempts >= most):
+        counts, most, grace_s = self._judge(writer, record.key, known, error, text)
+        since = record.first_failed
+        failed_for_s = 0.0 if since is None else SYSTEM.wall() - since
+        if counts and attempts >= most and failed_for_s >= grace_s:
             self._tell("write_behind_write", "dead", None)
             _log.error(
                 "%r is a dead letter after %d attempts", record.key, attempts, exc_info=error
@@ -480,6 +473,21 @@ class Drain:
         pause_s = max(pause_s * SYSTEM.uniform(0.5, 1), known.retry_after_s or 0.0)
         _log.info("%r is written again in %.1f s: %s", record.key, pause_s, text)
         return Failure(record.seq, text, pause_s=pause_s, counts=counts)
+
+    def _judge(
+        self, writer: Writer | None, key: str, known: MusetError, error: Exception, text: str
+    ) -> tuple[bool, int, float]:
+        """Whether an attempt counts, how many there may be, and for how many seconds at least."""
+        if writer is None:
+            is_final = isinstance(error, UnknownWriter) and error.is_final
+            return True, 1 if is_final else _MOST_ATTEMPTS, 0.0 if is_final else _DEPLOY_S
+        source = self._source(writer)
+        if not known.retryable:
+            source.answered()
+            return True, writer.max_attempts, 0.0
+        counts = not source.is_away
+        source.failed(key, text)
+        return counts, writer.max_attempts, _RESTART_S
 
     # --- In somebody else's time
 

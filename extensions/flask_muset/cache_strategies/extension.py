@@ -159,7 +159,7 @@ class CacheStrategies(CacheManager):
         app.cli.add_command(make_commands(cache))
 
     def _redis(self, config: Config) -> GuardedRedis | None:
-        if self._given_cache is not None or not config.enabled:
+        if self._given_cache is not None:
             return None
         if self._given_redis is not None:
             if config.namespace != KEYS["NAMESPACE"].default:
@@ -270,8 +270,11 @@ def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Stor
     limits = {"max_pending": config.max_pending, "max_pending_bytes": config.max_pending_bytes}
     if redis is not None:
         from flask_muset.cache_strategies.redis_journal import RedisJournal
+        from flask_muset.cache_strategies.tiered_store import TieredStore
 
-        return RedisJournal(store, redis, **limits)
+        # What waits in Redis is written and read also where the cache is off.
+        shared = store if isinstance(store, TieredStore) else TieredStore(redis, max_bytes=0)
+        return RedisJournal(shared, redis, **limits)
     path = config.journal_path or os.path.join(app.instance_path, "write-behind.db")
     return SqliteJournal(path, store, **limits)
 

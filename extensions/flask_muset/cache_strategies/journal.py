@@ -24,7 +24,7 @@ class Record:
         key: Of the value.
         seq: Greater than that of every record accepted before, of whatever key: microseconds of
             the journal's clock, moved on where two would meet.
-        writer: Name of who writes it; empty for a function that only its home process has.
+        writer: Name of who writes it.
         data: The value as an envelope; empty for a delete.
         coalesces: Whether a newer record of the same key and writer may take its place.
         home: Token of the process that has accepted it, where only that has the function.
@@ -158,8 +158,8 @@ class Journal(Protocol):
         Args:
             key: Of the value.
             entry: What the cache keeps; None for a delete.
-            writer: Who writes it, empty for the function of `home`. None takes the writer (and its
-                `coalesces` and `home`) of the key's last record; without a record nothing happens.
+            writer: Who writes it. None takes the writer (and its `coalesces` and `home`) of the
+                key's last record; without a record nothing happens.
             coalesces: Whether it may take the place of an older one, and a newer one its place.
             home: See `Record`.
             delay_s: Seconds after which the key is due, where nothing of it waited before.

@@ -117,7 +117,8 @@ class CacheManager:
         the `invalidate` of a decorated function.
 
         Returns:
-            Whether it is done, or durable in the journal.
+            Whether it is done, or durable in the journal. False where it is to be written behind
+            and the journal is away: the cache forgets the key, its source is not told.
 
         Raises:
             Exception: The journal has no room, and the writer has raised this.
@@ -239,7 +240,8 @@ class CacheManager:
         Args:
             key: Of the value.
             value: Is given to `write_func`, and kept as it is afterwards.
-            write_func: Writes the source.
+            write_func: Writes the source. Where writes are also written behind it is called as
+                their writers are, with a WriteContext second if it asks for one.
             expire: Seconds above 0; None for the app's default, `math.inf` for no end.
             tags: By which it may be made invalid.
 

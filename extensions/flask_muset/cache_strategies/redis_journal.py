@@ -283,8 +283,14 @@ class RedisJournal:
     # --- Beside
 
     def now(self) -> float:
-        """The clock of Redis, later than all that was accepted; it takes a round trip."""
-        time, seq = self._all(("TIME",), ("HGET", self._name("n"), "seq"))
+        """The clock of Redis, later than all that was accepted; it takes a round trip.
+
+        While Redis is away it is this process's own clock, shifted by what both were apart.
+        """
+        try:
+            time, seq = self._all(("TIME",), ("HGET", self._name("n"), "seq"))
+        except MusetError:
+            return self.store.now_us() / 1e6
         return max(_us(time), int(seq or 0) + 1) / 1e6
 
     def beat(self, home: str, /) -> None:
@@ -473,9 +479,10 @@ def _told(key: str, words: Sequence[bytes]) -> Record:
 
 
 def _claim(told: Sequence[Any]) -> Claim:
-    key, token, is_whole, records = told
+    key, token, is_whole, records, *seq = told
     name = _text(key)
-    return Claim(name, token.decode(), tuple(_told(name, one) for one in records), bool(is_whole))
+    waiting = tuple(_told(name, one) for one in records)
+    return Claim(name, token.decode(), waiting, bool(is_whole), int(seq[0]) if seq else 0)
 
 
 def _letter(letter_id: bytes, words: Sequence[bytes], is_superseded: int) -> DeadLetter:

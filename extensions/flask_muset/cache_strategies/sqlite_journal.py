@@ -135,7 +135,7 @@ _NEXT: Final = f"""
 SELECT MIN(at) FROM (
     SELECT MIN(due) AS at FROM keys WHERE due > :now AND token IS NULL
     UNION ALL SELECT MIN(MAX(due, until)) FROM keys
-        WHERE token IS NOT NULL AND due IS NOT NULL AND (until > :now OR due > :now)
+        WHERE token IS NOT NULL AND +due IS NOT NULL AND (until > :now OR due > :now)
         AND SUBSTR(token, 1, LENGTH(:call)) <> :call
     UNION ALL SELECT MIN(h.until) FROM keys k JOIN homes h ON h.home = {_OLDEST_HOME}
         WHERE k.due <= :now AND k.until <= :now AND h.home NOT IN (:home, '') AND h.until > :now

@@ -174,6 +174,14 @@ class TieredStore(Changing):
             )
         return entries
 
+    def now_us(self) -> int:
+        """Microseconds of the clock of Redis, as this process knows it.
+
+        Raises:
+            MusetError: Redis is away and has never been asked.
+        """
+        return self._entries.now_us()
+
     def _start(self) -> None:
         with self._lock:
             if self._feed is None:

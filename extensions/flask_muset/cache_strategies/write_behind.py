@@ -10,6 +10,7 @@ Until the source has a value the journal answers for it, whatever the cache has 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from flask_muset.cache_strategies.codec import Codec, Unreadable
@@ -122,15 +123,18 @@ class WriteBehind:
         self.start()
         deadline.check()
         try:
-            self._look_at_risks()
-            self.catch_up()
-            seq = self._append(key, entry, writer)
+            risks = self._look_at_risks()
+            if not (risks and self._require_durable):
+                self.catch_up()
+                seq = self._append(key, entry, writer)
         except MusetError as error:
             self._risks = None
             deadline.check()  # where it was the caller's own time that was up
             _log.debug("%r was not accepted: %s", key, error)
             self._tell("write_behind", "unavailable", None)
             return False
+        if risks and self._require_durable:
+            raise CacheUnavailable(f"nothing is written behind: {' '.join(risks)}")
         if not seq:
             return None
         self._tell("write_behind", "ok", None)
@@ -138,35 +142,35 @@ class WriteBehind:
         return True
 
     def _append(self, key: str, entry: Entry | None, writer: Writer | None) -> int | None:
-        if self._risks and self._require_durable:
-            raise CacheUnavailable(f"nothing is written behind: {' '.join(self._risks)}")
-        if writer is None or writer.name:
-            return self.journal.append(
-                key,
-                entry,
-                writer=None if writer is None else writer.name,
-                coalesces=writer is None or writer.coalesces,
-                delay_s=self._delay_s,
-            )
+        if writer is None:
+            return self.journal.append(key, entry, writer=None, delay_s=self._delay_s)
+        append = partial(
+            self.journal.append,
+            key,
+            entry,
+            writer=writer.name,
+            coalesces=writer.coalesces,
+            delay_s=self._delay_s,
+        )
+        if not writer.is_homely:
+            return append()
         functions, seq = self.drain.functions, None
         functions.expect(key)
         try:
-            seq = self.journal.append(
-                key, entry, writer="", home=self.drain.home, delay_s=self._delay_s
-            )
+            seq = append(home=self.drain.home)
         finally:
             functions.arrived(key, seq, writer)
         return seq
 
-    def _look_at_risks(self) -> None:
-        """Say once what could lose a write; again after the journal was away."""
-        if self._risks is not None:
-            return
-        self._risks = self.journal.risks()
-        for risk in self._risks:
-            if risk not in self._warned:
-                self._warned.add(risk)
-                _log.warning("write-behind: %s", risk)
+    def _look_at_risks(self) -> list[str]:
+        """What could lose a write; said once, and looked at again after the journal was away."""
+        if self._risks is None:
+            self._risks = self.journal.risks()
+            for risk in self._risks:
+                if risk not in self._warned:
+                    self._warned.add(risk)
+                    _log.warning("write-behind: %s", risk)
+        return self._risks
 
     # --- In the caller's time
 

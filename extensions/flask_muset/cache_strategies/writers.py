@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.locks import refuse_asyncio_under_gevent
 
-__all__ = ["Declarations", "UnknownWriter", "WriteContext", "Writer", "Writers"]
+__all__ = ["Declarations", "UnknownWriter", "WriteContext", "Writer", "Writers", "takes_context"]
 
 _log = logging.getLogger(__name__)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+#: What the name of a function begins with that only its own process has.
+_HOMELY = "~"
 _MAX_ATTEMPTS = 5
 _LARGEST_BATCH = 10_000
 _is_name = re.compile(r"[A-Za-z0-9._-]{1,100}").fullmatch
@@ -65,7 +67,7 @@ class Writer:
     """A function that writes to a source.
 
     Args:
-        name: What journals call it; empty for one that has none.
+        name: What journals call it.
         fn: Called as `fn(value)`; as `fn(value, context)` if it has a second parameter that is
             needed, named `context` or annotated with WriteContext; with `batch` as
             `fn([(value, context), ...])`.
@@ -93,10 +95,15 @@ class Writer:
         self.max_attempts = max_attempts
         self.batch = batch
         self._matchers = [compile_pattern(pattern) for pattern in patterns]
-        self._takes_context = batch is None and _takes_context(fn)
+        self._takes_context = batch is None and takes_context(fn)
 
     def __repr__(self) -> str:
-        return f"<Writer {self.name or _path(self.fn)!r}>"
+        return f"<Writer {self.name!r}>"
+
+    @property
+    def is_homely(self) -> bool:
+        """Whether no other process can find the function by its name."""
+        return self.name.startswith(_HOMELY)
 
     def owns(self, key: str) -> bool:
         """Whether one of its patterns matches."""
@@ -118,7 +125,8 @@ class Writer:
             _await(self.fn(value, context) if self._takes_context else self.fn(value))
 
 
-def _takes_context(fn: Callable[..., Any]) -> bool:
+def takes_context(fn: Callable[..., Any]) -> bool:
+    """Whether a function asks for a WriteContext beside the value."""
     try:
         parameters = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):  # of C, most of which take one
@@ -261,7 +269,7 @@ class Writers:
         return max((writer.batch or 1 for writer in self), default=1)
 
     def of(self, fn: Callable[..., Any]) -> Writer:
-        """The writer that a function is; without a name if no journal can refer to it.
+        """The writer that a function is; one that `is_homely` if no journal can refer to it.
 
         Raises:
             TypeError: It cannot be called.
@@ -283,7 +291,9 @@ class Writers:
                 'letters; decorate it with @cache.writer("a.name").',
                 path,
             )
-        return Writer("", fn)
+        # Functions of the same text coalesce, such as those that one line makes again and again.
+        line = getattr(getattr(fn, "__code__", None), "co_firstlineno", "")
+        return Writer(f"{_HOMELY}{path}:{line}", fn)
 
     def owner(self, key: str) -> Writer | None:
         """The writer one of whose patterns matches a key."""
@@ -299,6 +309,12 @@ class Writers:
             writer = declarations.get(name)
             if writer is not None:
                 return writer
+        if name.startswith(_HOMELY):
+            raise UnknownWriter(
+                f"the function {name[1:]} is gone with its process, and no writer's patterns match "
+                "the key",
+                is_final=True,
+            )
         if ":" not in name:
             raise UnknownWriter(f"no writer is called {name!r} here", is_final=False)
         if name not in self._allowed:

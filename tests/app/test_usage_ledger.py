@@ -1,0 +1,174 @@
+"""The ledger: one entry for each question, whatever has become of it."""
+
+import datetime
+import sqlite3
+import threading
+from contextlib import closing
+from dataclasses import replace
+
+from flask_muset.cache_strategies import cache_manager
+from flask_muset.clock import SYSTEM
+from flask_muset.errors import NetworkError
+from flask_muset.testing import virtual_clock
+from muset.ports import Asker
+
+ASK = {"question": "How many eggs does the queen lay a day?"}
+BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays 2,000 eggs a day."}
+
+
+def ledger(app, *, flushed=True):
+    """The rows, after all that was accepted is written."""
+    if flushed:
+        with app.app_context():
+            assert cache_manager.flush(timeout=10)
+    path = app.extensions["muset"].database._url.removeprefix("sqlite:///")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute("SELECT * FROM usage ORDER BY rowid")]
+
+
+def ask(client, who, **headers):
+    return client.post("/api/v1/ask", json=ASK, headers=who | headers)
+
+
+def provider_of(app, monkeypatch, answer):
+    monkeypatch.setattr(app.extensions["muset"].ask._provider, "answer", answer)
+
+
+def test_each_question_has_an_entry(app, client, services, member, admin):
+    """Who, with which request, of whom and what; a cached answer counts as a request too."""
+    client.post("/api/v1/documents", json=BEES, headers=member)
+    ids = ["first-request", "second-request"]
+    for who, request_id in zip((member, admin), ids, strict=True):
+        assert ask(client, who, **{"X-Request-ID": request_id}).status_code == 200
+    found = {row["request_id"]: row for row in ledger(app)}
+    assert list(found) == ids
+    assert found[ids[0]] | {"id": ""} == {
+        "id": "",
+        "user_id": services.keys.user_id("member@example.org"),
+        "request_id": ids[0],
+        "model": "extractive",
+        "provider": "extractive",
+        "day": found[ids[0]]["day"],
+        "status": "success",
+        "requests": 1,
+        "input_tokens": 0,
+        "output_tokens": 0,
+        "estimated": 0,
+        "cost": 0,
+    }
+    assert found[ids[1]]["user_id"] == services.keys.user_id("admin@example.org")
+    assert len({row["id"] for row in found.values()}) == 2
+
+
+def test_the_tokens_are_those_of_the_answer_and_of_a_cached_one_none(
+    app, client, member, monkeypatch
+):
+    """Each billed token stands in the ledger once."""
+    client.post("/api/v1/documents", json=BEES, headers=member)
+    real = app.extensions["muset"].ask._provider.answer
+    provider_of(
+        app,
+        monkeypatch,
+        lambda *args, **kwargs: replace(real(*args, **kwargs), input_tokens=7, output_tokens=3),
+    )
+    for _ in range(3):
+        assert ask(client, member).status_code == 200
+    tokens = [(row["input_tokens"], row["output_tokens"]) for row in ledger(app)]
+    assert sorted(tokens) == [(0, 0), (0, 0), (7, 3)]
+
+
+def test_a_failure_and_a_request_that_was_cut_off_have_entries(app, client, member, monkeypatch):
+    """Status error, although the time of the request is up; a refused question has none."""
+
+    def slow(*_args, **_kwargs):
+        SYSTEM.sleep(60)
+
+    def fail(*_args, **_kwargs):
+        raise NetworkError("the provider is away")
+
+    with virtual_clock():
+        for answer, status in ((fail, 503), (slow, 504)):
+            provider_of(app, monkeypatch, answer)
+            late = {"X-Request-Timeout-Ms": "10000"}
+            assert ask(client, member, **late).status_code == status
+        assert client.post("/api/v1/ask", json={"question": " "}, headers=member).status_code == 422
+        assert [row["status"] for row in ledger(app)] == ["error", "error"]
+
+
+def test_the_day_is_that_of_the_request_in_utc(app, client, member):
+    """What is written later is not of a later day."""
+    with virtual_clock():
+        ask(client, member)
+        first = SYSTEM.wall() // 86_400
+        SYSTEM.sleep(86_400)
+        ask(client, member)
+        days = [row["day"] for row in ledger(app)]
+    epoch = datetime.date(1970, 1, 1)
+    assert [(datetime.date.fromisoformat(day) - epoch).days for day in days] == [first, first + 1]
+
+
+def test_many_entries_are_written_in_batches(app):
+    """None is lost and none twice, in far fewer transactions than entries."""
+    usage = app.extensions["muset"].ask._ledger
+    sizes, all_there, real = [], threading.Event(), usage._store.add
+
+    def add(entries):
+        assert all_there.wait(20)
+        sizes.append(len(entries))
+        real(entries)
+
+    usage._store.add = add
+    for number in range(300):
+        usage.record(Asker(1, f"r{number}"), provider="p", model="m", status="success")
+    all_there.set()
+    found = [row["request_id"] for row in ledger(app)]
+    assert sorted(found) == sorted(f"r{number}" for number in range(300))
+    assert (sum(sizes), max(sizes)) == (300, 100)
+    assert len(sizes) < 60
+
+
+def test_an_entry_that_comes_again_is_not_counted_again(app, services):
+    """The same batch, and a part of it in another, are in the ledger once."""
+    usage = app.extensions["muset"].ask._ledger
+    kept, real = [], usage._store.add
+    usage._store.add = lambda entries: (kept.extend(map(dict, entries)), real(entries))
+    for number in range(3):
+        usage.record(Asker(1, str(number)), provider="p", model="m", status="success")
+    before = ledger(app)
+    real(kept)
+    real([*kept[1:], kept[0] | {"id": "another"}])
+    assert [row["id"] for row in ledger(app)] == [*(row["id"] for row in before), "another"]
+
+
+def test_without_a_journal_entries_are_written_at_once(app, client, settings, member):
+    """The ledger loses nothing while the journal is away."""
+    settings.journal_path.mkdir()
+    assert ask(client, member).status_code == 200
+    assert [row["status"] for row in ledger(app, flushed=False)] == ["success"]
+
+
+def test_a_lost_entry_is_in_the_log_and_the_client_has_its_answer(
+    app, client, settings, member, monkeypatch, caplog
+):
+    """With neither a journal nor a database to write, the answer comes all the same."""
+
+    def away(_entries):
+        raise ConnectionError("no database")
+
+    settings.journal_path.mkdir()
+    monkeypatch.setattr(app.extensions["muset"].ask._ledger._store, "add", away)
+    answer = ask(client, member, **{"X-Request-ID": "the-lost-one"})
+    assert answer.status_code == 200
+    lost = [r.getMessage() for r in caplog.records if "ledger is lost" in r.getMessage()]
+    assert len(lost) == 1
+    assert "the-lost-one" in lost[0]
+
+
+def test_what_the_cache_forgets_stays_in_the_ledger(app):
+    """A write that says that an entry is gone takes nothing out, and fails no batch."""
+    usage = app.extensions["muset"].ask._ledger
+    usage.record(Asker(1, "kept"), provider="p", model="m", status="success")
+    (row,) = ledger(app)
+    usage._write([(None, None), ({**row, "id": "other"}, None)])
+    assert [entry["id"] for entry in ledger(app)] == [row["id"], "other"]

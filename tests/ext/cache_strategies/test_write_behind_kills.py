@@ -1,0 +1,275 @@
+"""Writes that were accepted outlive the processes, the Redis and the workers that have them."""
+
+import contextlib
+import http.client
+import json
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+from flask import Flask
+from gunicorn_app import serve
+from redis_server import RedisServer
+from write_behind_worker import Killing, Log, declare_writers
+
+from flask_muset import CacheStrategies
+
+_HELPERS = str(Path(__file__).parents[1])
+_WORKERS = ["flask_muset.worker.FairGeventWorker", "gevent"]
+
+_APP = """
+import atexit
+import os
+import sys
+import gevent.pool
+from flask import Flask, jsonify
+
+sys.path.insert(0, {helpers!r})
+from flask_muset import CacheStrategies
+from write_behind_worker import Log, declare_writers, set_lease
+
+set_lease(1.0)
+app = Flask(__name__)
+app.config.update({config!r})
+cache = CacheStrategies(app)
+source = Log("source")
+functions = declare_writers(cache, source, pause_s={pause_s})
+# Registered first, it runs last.
+atexit.register(Log("ended").add, os.getpid())
+
+@app.post("/many/<int:first>/<int:end>")
+def many(first, end):
+    def write(number):
+        with app.app_context():
+            name = ("value", "ledger", "batch")[number % 3]
+            key = f"{{name}}:{{number if name == 'value' else number % 50}}"
+            return cache.write_behind(key, str(number), functions[name], 60)
+    return jsonify(sum(gevent.pool.Pool(64).imap_unordered(write, range(first, end))))
+
+@app.put("/value/<key>/<int:number>")
+def put(key, number):
+    return jsonify(cache.write_behind(f"value:{{key}}", number, functions["value"], 60))
+
+@app.get("/value/<key>")
+def get(key):
+    def load():
+        lines = [line for line in source.read() if line[1] == f"value:{{key}}"]
+        return max(lines, key=lambda line: line[2])[4] if lines else -1
+    return jsonify(cache.cache_aside(f"value:{{key}}", load, 60), os.getpid())
+"""
+
+
+def ask(port, method, path):
+    """The JSON answer to a request on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        assert answer.status == 200, answer.read()
+        return json.loads(answer.read())
+
+
+def flush(folder):
+    """Write in this process what is left in a folder's journal; how much that was."""
+    app = Flask("later")
+    app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = folder / "journal.db"
+    cache = CacheStrategies(app)
+    declare_writers(cache, Log(folder / "source"))
+    with app.app_context():
+        left = cache.pending()["pending"]
+        assert cache.flush(30)
+        assert cache.pending()["pending"] == 0
+        assert cache.dead_letters() == []
+    return left
+
+
+def report(prove, outcome, kills):
+    """Say what has happened; call it before the assertions."""
+    accepted, open_ = outcome.answers["accepted"], outcome.answers["began"]
+    others = sum(outcome.answers.values()) - accepted - open_
+    prove.figure(
+        f"{kills} kills, {accepted} writes accepted, {len(outcome.lost)} lost, "
+        f"{outcome.repeated} repeated, {open_} unanswered, {others} refused"
+    )
+
+
+def assert_nothing_is_lost(outcome):
+    """All is written, nothing waits, nothing was given up."""
+    assert not outcome.lost
+    assert not outcome.wrong
+    assert outcome.dead == []
+    assert outcome.is_all
+    assert outcome.pending["pending"] == 0
+    assert outcome.answers["accepted"] > 0
+
+
+@pytest.mark.claim("kill -9 of processes that write behind, SQLite journal: no accepted write lost")
+@pytest.mark.parametrize("most", [10_000, 100])
+def test_kills_with_sqlite(tmp_path, prove, most):
+    """Processes that accept and that write are killed at random moments: the source has all."""
+    kills = 1000 if prove.full else 15
+    config = {
+        "CACHE_STRATEGIES_JOURNAL_PATH": str(tmp_path / "journal.db"),
+        "CACHE_STRATEGIES_MAX_PENDING": most,
+        "CACHE_STRATEGIES_WRITE_DELAY": 0.02,
+    }
+    with Killing(tmp_path, config, kills=kills, seed=1) as killing:
+        killing.wait()
+        outcome = killing.write_the_rest()
+    report(prove, outcome, kills)
+    assert_nothing_is_lost(outcome)
+
+
+@pytest.mark.claim("kill -9 of processes that write behind, Redis: no accepted write lost")
+@pytest.mark.parametrize(("fsync", "restarts"), [("always", False), ("everysec", True)])
+def test_kills_with_redis(tmp_path, prove, fsync, restarts):
+    """The same with Redis; and while Redis itself is killed and comes back several times."""
+    kills, seed = (1000 if prove.full else 15), 2
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", fsync).start()
+    config = {"CACHE_STRATEGIES_REDIS_URL": server.url, "CACHE_STRATEGIES_WRITE_DELAY": 0.02}
+    times = 0
+    try:
+        with Killing(tmp_path, config, kills=kills, seed=seed) as killing:
+            with killing_too(server, seed) if restarts else contextlib.nullcontext([]) as again:
+                killing.wait()
+            times = len(again)
+            outcome = killing.write_the_rest()
+    finally:
+        server.kill()
+    report(prove, outcome, kills)
+    prove.figure(f"appendfsync {fsync}, {times} kills of Redis")
+    assert_nothing_is_lost(outcome)
+    assert bool(times) == restarts
+
+
+@contextlib.contextmanager
+def killing_too(server, seed):
+    """Kill a Redis at random moments and start it again; yields a list that has one for each."""
+    chance, is_over, times = random.Random(seed), threading.Event(), []
+
+    def run():
+        while not is_over.wait(chance.uniform(0.1, 0.8)):
+            server.kill()
+            times.append(1)
+            is_over.wait(chance.uniform(0, 0.2))
+            server.start()
+
+    killer = threading.Thread(target=run)
+    killer.start()
+    try:
+        yield times
+    finally:
+        is_over.set()
+        killer.join()
+
+
+@pytest.mark.claim("gunicorn is stopped while writes wait: written or kept, none lost, exit 0")
+@pytest.mark.parametrize("worker", _WORKERS)
+@pytest.mark.parametrize("pause_s", [0.0, 0.2])
+def test_stop_of_gunicorn(tmp_path, prove, worker, pause_s):
+    """A stop writes what there is time for; what the source has not got, the journal has."""
+    count = 5000 if prove.full else 1000
+    config = {
+        "CACHE_STRATEGIES_JOURNAL_PATH": "journal.db",
+        "CACHE_STRATEGIES_WRITE_DELAY": 3600.0,
+        "CACHE_STRATEGIES_DRAIN_AT_EXIT": 5.0 if prove.full or not pause_s else 1.0,
+    }
+    app = _APP.format(helpers=_HELPERS, config=config, pause_s=pause_s)
+    options = ["--graceful-timeout", "10"]
+    with serve(tmp_path, app, *options, worker=worker) as (process, port):
+        accepted = ask(port, "POST", f"/many/0/{count}")
+        before = len(Log(tmp_path / "source").read())
+        process.send_signal(signal.SIGTERM)
+        status = process.wait(30)
+    at_stop = values_of(tmp_path)
+    left = flush(tmp_path)
+    prove.figure(f"{worker}: {len(at_stop)} written, {left} left of {accepted}")
+    assert status == 0
+    assert (accepted, before) == (count, 0)
+    # The worker came to its end, and was not killed for its time being over.
+    assert len(Log(tmp_path / "ended").read()) == 1
+    assert bool(left) == bool(pause_s)
+    assert len(at_stop) + left >= count
+    assert values_of(tmp_path) == set(map(str, range(count)))
+
+
+def values_of(folder):
+    """What the source has."""
+    return {value for _, _, _, _, value in Log(folder / "source").read()}
+
+
+@pytest.mark.claim("4 workers, one SQLite journal, kill -9: what was accepted is read at once")
+def test_reads_of_all_workers(tmp_path, prove):
+    """A value that one worker has accepted is what every other answers, workers killed or not."""
+    rounds = 300 if prove.full else 25
+    config = {
+        "CACHE_STRATEGIES_ENABLED": False,
+        "CACHE_STRATEGIES_JOURNAL_PATH": "journal.db",
+        "CACHE_STRATEGIES_WRITE_DELAY": 0.05,
+    }
+    app = _APP.format(helpers=_HELPERS, config=config, pause_s=0.005)
+    with serve(tmp_path, app, "--workers", "4") as (process, port):
+        clients = [Client(port, f"client{number}", rounds) for number in range(4)]
+        threads = [threading.Thread(target=client.run) for client in clients]
+        for thread in threads:
+            thread.start()
+        killed = 0
+        while any(thread.is_alive() for thread in threads):
+            threads[0].join(0.3)
+            killed += clients[killed % 4].kill_worker()
+        for thread in threads:
+            thread.join()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    flush(tmp_path)
+    written = {}
+    for _, key, seq, _, value in Log(tmp_path / "source").read():
+        written[key] = max(written.get(key, (0, 0)), (seq, value))
+    reads = sum(client.reads for client in clients)
+    pids = {pid for client in clients for pid in client.pids}
+    prove.figure(f"{reads} reads by {len(pids)} workers, {killed} of them killed, none was old")
+    assert [client.wrong for client in clients] == [[]] * 4
+    assert killed > 0
+    for client in clients:
+        assert client.accepted <= written[f"value:{client.key}"][1] <= client.asked
+
+
+class Client:
+    """Writes growing numbers to its key, and reads it after each."""
+
+    def __init__(self, port, key, rounds):
+        self.key = key
+        self.accepted, self.asked, self.reads = -1, -1, 0
+        self.pids, self.wrong = [], []
+        self._port, self._rounds = port, rounds
+
+    def run(self):
+        """Until all rounds are over."""
+        for number in range(self._rounds):
+            self.asked = number
+            # A worker that is killed answers nothing: it may have accepted it.
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if ask(self._port, "PUT", f"/value/{self.key}/{number}"):
+                    self.accepted = number
+            for _ in range(4):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    self._read()
+
+    def _read(self):
+        value, pid = ask(self._port, "GET", f"/value/{self.key}")
+        self.reads += 1
+        self.pids.append(pid)
+        if not self.accepted <= value <= self.asked:
+            self.wrong.append((value, self.accepted, self.asked))
+
+    def kill_worker(self):
+        """kill -9 of the worker that has answered last; whether there was one."""
+        if not self.pids:
+            return False
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[-1], signal.SIGKILL)
+            return True
+        return False
