@@ -6,7 +6,7 @@ make generate
 import json
 from pathlib import Path
 
-from flask_muset.metrics.registry import METRICS, Kind, Row
+from flask_muset.metrics.registry import BY_NAME, METRICS, Kind, Row
 from muset.objectives import OBJECTIVES, Objective
 from muset.objectives import Kind as ObjectiveKind
 
@@ -21,6 +21,24 @@ BURN_RATES = (
 )
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 RUNBOOK = "docs/runbook.md"
+#: Of gauges that say how much is wrong: the gauge, the name of its alert, above what, for how long,
+#: and what that means. A write is late when `/health/ready` says so.
+WATCHED = (
+    (
+        "write_behind_oldest_seconds",
+        "WriteBehindOld",
+        60,
+        "5m",
+        "Write-behind: a write that was accepted has waited for more than 60 s, for 5 minutes.",
+    ),
+    (
+        "write_behind_dead_letters",
+        "WriteBehindDeadLetters",
+        0,
+        None,
+        "Write-behind: writes that were accepted could not be brought to the database.",
+    ),
+)
 
 
 def selector(objective: Objective, **more: str) -> str:
@@ -64,6 +82,29 @@ def alert_name(objective: Objective, rate: float) -> str:
 
 def alerts() -> list[dict[str, object]]:
     """All alerts."""
+    return [*objective_alerts(), *gauge_alerts()]
+
+
+def gauge_alerts() -> list[dict[str, object]]:
+    """The alerts on gauges."""
+    found: list[dict[str, object]] = []
+    for gauge, title, limit, lasting, summary in WATCHED:
+        name = f"{NAMESPACE.capitalize()}{title}"
+        shown, _ = expression(BY_NAME[gauge])
+        found.append(
+            {
+                "alert": name,
+                "expr": f"{shown} > {limit}",
+                **({} if lasting is None else {"for": lasting}),
+                "labels": {"severity": "ticket"},
+                "annotations": {"summary": summary, "runbook": f"{RUNBOOK}#{name.lower()}"},
+            }
+        )
+    return found
+
+
+def objective_alerts() -> list[dict[str, object]]:
+    """The alerts on objectives."""
     found: list[dict[str, object]] = []
     for objective in latencies():
         for rate, long, short, severity in BURN_RATES:
@@ -146,7 +187,9 @@ def expression(metric: Row) -> tuple[str, str]:
         by = f"le, {labels}" if labels else "le"
         return f"histogram_quantile(0.95, sum by ({by}) (rate({name}_bucket[5m])))", legend
     inner = f"rate({name}[5m])" if metric.kind is Kind.COUNTER else name
-    return (f"sum by ({labels}) ({inner})" if labels else f"sum({inner})"), legend
+    # Instances become one as their workers do.
+    together = metric.across.removeprefix("live")
+    return (f"{together} by ({labels}) ({inner})" if labels else f"{together}({inner})"), legend
 
 
 def unit(metric: Row) -> str:

@@ -170,6 +170,8 @@ class Database:
                 max_overflow=0,
                 pool_timeout=_POOL_WAIT_S,
                 connect_args={"check_same_thread": False},
+                # Texts of users have no place in errors, which go to the log and to dead letters.
+                hide_parameters=True,
             )
             event.listen(engine, "connect", _prepare)
             if self._instrument is not None:

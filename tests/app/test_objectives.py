@@ -87,6 +87,19 @@ def test_every_name_exists():
         }
 
 
+def test_the_dashboard_adds_up_only_what_is_each_instance_s_own():
+    """A gauge that all instances say alike, or of the worst one, is their maximum, no sum."""
+    shown = {panel["targets"][0]["expr"] for panel in GENERATE["dashboard"]()["panels"]}
+    assert "max(muset_write_behind_pending)" in shown
+    assert "max by (name, state) (muset_circuit_breaker_state)" in shown
+    assert "sum(muset_http_requests_active)" in shown
+    assert "sum by (client, outcome) (rate(muset_redis_calls_total[5m]))" in shown
+    alike = {metric.name for metric in METRICS if metric.across == "livemax"}
+    added = {name for expr in shown for name in re.findall(r"sum.*\(muset_(\w+)\)$", expr)}
+    assert added
+    assert not alike & added
+
+
 def promtool():
     found = shutil.which("promtool")
     if found is None:
@@ -103,12 +116,22 @@ def series(objective, within, count):
     ]
 
 
+def gauges(oldest, dead):
+    """What write-behind says, the same in two instances."""
+    said = {"write_behind_oldest_seconds": oldest, "write_behind_dead_letters": dead}
+    return [
+        {"series": f'muset_{name}{{instance="{instance}"}}', "values": values}
+        for name, values in said.items()
+        for instance in ("a", "b")
+    ]
+
+
 def fired(alert):
     return {"exp_labels": alert["labels"], "exp_annotations": alert["annotations"]}
 
 
 def test_each_alert_fires_once(tmp_path):
-    """Three days of slow answers fire every alert; a spike of five minutes fires none."""
+    """Three bad days fire every alert; a spike of five minutes fires none."""
     alerts = GENERATE["alerts"]()
     slow, spike = [], []
     for objective in GENERATE["latencies"]():
@@ -118,7 +141,10 @@ def test_each_alert_fires_once(tmp_path):
     slow += [
         {"series": cache % "hit", "values": "0+70x4330"},
         {"series": cache % "miss", "values": "0+30x4330"},
+        *gauges(oldest="61+0x4330", dead="1+0x4330"),
     ]
+    # Half of the limit, twice, is none.
+    spike += gauges(oldest="31+0x1430 61+0x5 31+0x30", dead="0+0x1470")
     tests = [
         {
             "interval": "1m",

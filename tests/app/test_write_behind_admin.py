@@ -95,6 +95,21 @@ def test_a_dead_letter_is_listed_and_written_again(
     assert client.get(LETTERS, headers=admin).json == {"items": [], "next_cursor": None}
 
 
+def test_no_value_is_in_the_error_of_a_dead_letter(app, client, services, admin):
+    """What the database refuses is named without what a user has sent."""
+    user_id = services.keys.user_id("a@example.org")
+    with services.database._open().connect() as connection:
+        connection.exec_driver_sql("ALTER TABLE preferences RENAME COLUMN seq TO other")
+    url, text = f"/api/v1/users/{user_id}/preferences", "what-only-the-user-knows"
+    assert client.put(url, json={"text": text}, headers=admin).status_code == 200
+    with app.app_context():
+        while not cache_manager.pending()["dead_letters"]:
+            cache_manager.flush(timeout=0.01)
+    (letter,) = client.get(LETTERS, headers=admin).json["items"]
+    assert "seq" in letter["error"]
+    assert text not in letter["error"]
+
+
 def test_a_superseded_one_can_only_be_dropped(app, client, services, admin, give_up, caplog):
     """Written again it would bring an old value back: 409."""
     (url,), (letter,) = give_up("a")

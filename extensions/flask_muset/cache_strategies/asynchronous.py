@@ -67,6 +67,10 @@ class AsyncCacheManager:
         """Forget a key; whether it is done."""
         return await asyncio.to_thread(_current().delete, key)
 
+    async def invalidate(self, key: str) -> bool:
+        """Forget a key in the cache alone; whether it is done."""
+        return await asyncio.to_thread(_current().invalidate, key)
+
     async def delete_pattern(self, pattern: str) -> int:
         """Forget the keys that match; exactly how many there were.
 
@@ -207,7 +211,7 @@ def _decorated(
         return await _load(cache, key, partial(fn, *args, **kwargs), options_in(cache))  # type: ignore[no-any-return]
 
     async def invalidate(*args: P.args, **kwargs: P.kwargs) -> bool:
-        return await asyncio.to_thread(_current().invalidate, make_key(*args, **kwargs))
+        return await cache_manager.invalidate(make_key(*args, **kwargs))
 
     wrapper.cache_key = make_key  # type: ignore[attr-defined]
     wrapper.invalidate = invalidate  # type: ignore[attr-defined]

@@ -205,8 +205,7 @@ class Cache:
 
     def delete(self, key: str) -> bool:
         """Forget a key; its source forgets it too, where a writer owns it or something waits."""
-        check_key(key)
-        if self.behind.is_used and (is_done := self._delete_behind(key)) is not None:
+        if self.behind.is_used and (is_done := self._delete_behind(check_key(key))) is not None:
             return self._done("delete", [key], is_done)
         return self.invalidate(key)
 
@@ -228,7 +227,7 @@ class Cache:
 
     def invalidate(self, key: str) -> bool:
         """Forget a key in the cache alone."""
-        return self._done("delete", [key], self.store.delete(key))
+        return self._done("delete", [key], self.store.delete(check_key(key)))
 
     def delete_pattern(self, pattern: str) -> int:
         """Forget the keys that match."""

@@ -62,7 +62,8 @@ def write_context(record: Record) -> WriteContext:
 
 def describe(error: BaseException) -> str:
     """An exception in a line for people, without what looks like a secret."""
-    return redact_text(f"{type(error).__name__}: {error}")[:_ERROR_CHARACTERS]
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return redact_text(text)[:_ERROR_CHARACTERS]
 
 
 class _NotYet(Exception):  # noqa: N818 - nobody else sees it

@@ -4,80 +4,79 @@
 -- no end, name, the microseconds of too late; place, writer, whether it coalesces or ? to take the
 -- last record's writer, home, microseconds until it is due, most records, most bytes.
 -- Returns the microseconds of now, and the sequence or why there is none.
-local time = redis.call('TIME')
+local call, pcall = redis.call, redis.pcall
+local channel, sender, data, lifetime, key, late = unpack(ARGV, 1, 6)
+local place, writer, joins, home, delay, most, most_bytes = unpack(ARGV, 7)
+local time = call('TIME')
 local now = time[1] * 1000000 + time[2]
-local moment = string.format('%.0f', now)
-if now > tonumber(ARGV[6]) then return {moment, 'late'} end
-local key, data, place = ARGV[5], ARGV[3], ARGV[7]
-local writer, joins, home = ARGV[8], ARGV[9], ARGV[10]
+local text = string.format('%.0f', now)
+if now > tonumber(late) then return {text, 'late'} end
 local stream, facts = place .. 's:' .. key, place .. 'k:' .. key
-local newest = redis.pcall('XREVRANGE', stream, '+', '-', 'COUNT', 1)
-local list = redis.pcall('HGETALL', facts)
-if newest.err or list.err then return {moment, 'garbled'} end
-local last, old, known = newest[1], {}, {}
+local newest = pcall('XREVRANGE', stream, '+', '-', 'COUNT', 1)
+local list = pcall('HGETALL', facts)
+if newest.err or list.err then return {text, 'garbled'} end
+local last, old, known, digits = newest[1], {}, {}, nil
 if last then
+  digits = string.match(last[1], '^%d+')
   for index = 1, #last[2], 2 do old[last[2][index]] = last[2][index + 1] end
 end
 for index = 1, #list, 2 do known[list[index]] = list[index + 1] end
 if joins == '?' then
-  if not old.w then return {moment, '0'} end
+  if not old.w then return {text, '0'} end
   writer, joins, home = old.w, old.c or '0', old.h or ''
 end
 local replaces = old.d and old.c == '1' and joins == '1' and old.w == writer
-local digits = last and string.match(last[1], '^%d+')
 if replaces and known.token and (tonumber(known.ends) or 0) > now then
   replaces = not string.find(known.ids or '', ' ' .. digits .. ':', 1, true)
 end
-local counts = redis.call('HMGET', place .. 'n', 'seq', 'pending', 'bytes')
+local counts = call('HMGET', place .. 'n', 'seq', 'pending', 'bytes')
 local pending = math.max(0, counts[2] or 0)
 local bytes = math.max(0, counts[3] or 0)
-if not replaces then
-  if pending + 1 > tonumber(ARGV[12]) or bytes + #data > tonumber(ARGV[13]) then
-    return {moment, 'full'}
-  end
+if not replaces and (pending >= tonumber(most) or bytes + #data > tonumber(most_bytes)) then
+  return {text, 'full'}
 end
-local seq = math.max(now, (counts[1] or 0) + 1, (digits or 0) + 1)
+local seq, moment = math.max(now, (counts[1] or 0) + 1, (digits or 0) + 1), text
 -- Beyond this a number of Lua is not exact, and no clock is there.
 if seq >= 2 ^ 53 then return {moment, 'garbled'} end
-local text = string.format('%.0f', seq)
+if seq > now then text = string.format('%.0f', seq) end
 local since = replaces and (old.a or digits) or text
-local held = redis.call('GET', KEYS[2])
+local held = call('GET', KEYS[2])
 -- The first write: where it is refused, for want of memory or of order, nothing has changed.
-local added = redis.pcall('XADD', stream, text .. '-0', 'w', writer, 'c', joins, 'h', home,
-  'a', since, 'd', data)
+local added = pcall('XADD', stream, text .. '-0', 'w', writer, 'c', joins, 'h', home, 'a', since,
+  'd', data)
 if type(added) == 'table' then
   if string.find(added.err, 'XADD', 1, true) then return {moment, 'garbled'} end
   return added
 end
 if replaces then
-  redis.call('XDEL', stream, last[1])
-  if known['f' .. digits] then redis.call('HDEL', facts, 'f' .. digits) end
+  call('XDEL', stream, last[1])
+  if known['f' .. digits] then call('HDEL', facts, 'f' .. digits) end
   bytes = bytes - #old.d
 else
   pending = pending + 1
 end
-redis.call('HSET', place .. 'n', 'seq', text, 'pending', pending, 'bytes', bytes + #data)
-redis.call('ZADD', place .. 'due', 'NX', now + ARGV[11], key)
-redis.call('ZADD', place .. 'age', 'NX', since, key)
-if home ~= (old.h or '') and (not last or (replaces and redis.call('XLEN', stream) == 1)) then
-  redis.call('HSET', place .. 'bound', key, home)
+call('HSET', place .. 'n', 'seq', text, 'pending', pending, 'bytes', bytes + #data)
+call('ZADD', place .. 'due', 'NX', now + delay, key)
+call('ZADD', place .. 'age', 'NX', since, key)
+if home ~= (old.h or '') and (not last or (replaces and call('XLEN', stream) == 1)) then
+  call('HSET', place .. 'bound', key, home)
 end
 -- Only what is older, or was given up, can be superseded.
 if joins == '1' and ((last and not replaces) or known.dead) then
-  redis.call('HSET', facts, 'x' .. writer, text)
+  call('HSET', facts, 'x' .. writer, text)
 end
 -- As change.lua does.
 if held and string.sub(held, 1, 1) == 'W' then
-  redis.call('SET', KEYS[2], string.match(held, '^W%d+:') .. '-', 'KEEPTTL')
+  call('SET', KEYS[2], string.match(held, '^W%d+:') .. '-', 'KEEPTTL')
 elseif held then
-  redis.call('DEL', KEYS[2])
+  call('DEL', KEYS[2])
 end
 if data == '' then
-  redis.call('UNLINK', KEYS[1])
-elseif ARGV[4] == '0' then
-  redis.call('SET', KEYS[1], data)
+  call('UNLINK', KEYS[1])
+elseif lifetime == '0' then
+  call('SET', KEYS[1], data)
 else
-  redis.call('SET', KEYS[1], data, 'PX', ARGV[4])
+  call('SET', KEYS[1], data, 'PX', lifetime)
 end
-redis.call('PUBLISH', ARGV[1], ARGV[2] .. 'k' .. key)
+call('PUBLISH', channel, sender .. 'k' .. key)
 return {moment, text}

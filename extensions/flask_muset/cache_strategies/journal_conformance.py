@@ -452,6 +452,13 @@ class JournalSuite:
         assert got == values
         assert journal.state().pending == 0
 
+    def test_there_is_no_more(self, journal: _Tested) -> None:
+        """What was claimed is not waited for."""
+        _put(journal, "key")
+        _put(journal, "other")
+        claims, wait_s = journal.claim(2, home="home")
+        assert (len(claims), wait_s) == (2, None)
+
     def test_tokens_differ(self, journal: _Tested, other_journal: _Tested) -> None:
         """Each claim has its own, also of the same key."""
         tokens = []
@@ -535,13 +542,16 @@ class JournalSuite:
         assert _one(journal).records == claim.records
 
     def test_a_hold_ends_by_itself(self, journal: _Tested, other_journal: _Tested) -> None:
-        """Also one of a key that has no record."""
+        """Also one of a key that has no record; what came meanwhile is due."""
         claim = _hold(journal, "key")
         self._let_leases_end()
         next_claim = _hold(other_journal, "key")
         assert journal.settle(claim) is False
         assert journal.hold("key") is None
-        assert other_journal.settle(next_claim) is True
+        _put(journal, "key")
+        self._let_leases_end()
+        assert other_journal.settle(next_claim) is False
+        assert len(_one(journal).records) == 1
 
     def test_renewing(self, journal: _Tested, other_journal: _Tested) -> None:
         """A claim that is renewed lasts on; one that is not does not."""
@@ -885,7 +895,9 @@ class JournalSuite:
         _put(journal, "held")
         journal.supersede("held", journal.now() + 1)
         assert journal.hold("held") is None
-        assert journal.settle(claim) is True
+        self._let_leases_end()
+        assert journal.settle(claim) is False
+        assert [claim.key for claim in _claims(journal, early=True)] == ["key"]
 
     # --- Beside
 

@@ -39,7 +39,7 @@ local function is_held(state, now) return state.token and (tonumber(state.ends) 
 -- The record of a stream's entry; nil if it cannot be one.
 local function record_of(entry)
   local record, digits = named(entry[2]), string.match(entry[1], '^(%d+)%-0$')
-  if not (digits and #digits <= 15 + 1 and tonumber(digits) < 2 ^ 53) then return nil end
+  if not (digits and #digits <= 16 and tonumber(digits) < 2 ^ 53) then return nil end
   record.seq = digits
   return record.w and record.d and record
 end

@@ -16,7 +16,8 @@ for seq, size in string.gmatch(state.ids or '', ' (%d+):(%d+)') do
   if tonumber(seq) <= tonumber(ARGV[4]) then remove(seq, size) end
 end
 local seq = ARGV[5]
-local entry = seq and redis.call('XRANGE', stream(key), seq .. '-0', seq .. '-0')[1]
+local is_its_own = seq and string.find(state.ids or '', ' ' .. seq .. ':', 1, true)
+local entry = is_its_own and redis.call('XRANGE', stream(key), seq .. '-0', seq .. '-0')[1]
 if entry then
   local attempts, first = string.match(state['f' .. seq] or '', '^(%d+) (%d+) ')
   attempts = (attempts or 0) + ARGV[9]

@@ -125,6 +125,14 @@ class CacheManager:
         """
         return self._cache().delete(key)
 
+    def invalidate(self, key: str) -> bool:
+        """Forget a key in the cache alone, whoever owns it; what waits for its source still reads.
+
+        Returns:
+            Whether it is done.
+        """
+        return self._cache().invalidate(key)
+
     def delete_pattern(self, pattern: str) -> int:
         r"""Forget the keys that match, in all processes.
 

@@ -47,6 +47,8 @@ _log = logging.getLogger(__name__)
 #: How often a write is sent again after Redis has said that nothing was done.
 _TRIES = 3
 _ERROR_CHARACTERS = 1000
+#: Beyond it the numbers of Lua are not exact; it is a moment of the year 2255.
+_LAST_SEQ = 2**53 - 1
 #: Keys whose superseding is remembered while Redis is away.
 _MOST_OWED = 10_000
 _id = re.compile(r"[0-9]{1,19}-[0-9]{1,19}", re.ASCII)
@@ -465,7 +467,7 @@ def _record(
 ) -> Record | None:
     """The record of a stream's entry; None if it cannot be one."""
     fields, (seq, _, tail) = _named(words), entry_id.partition(b"-")
-    if tail != b"0" or not {b"w", b"d"} <= fields.keys():
+    if tail != b"0" or int(seq) > _LAST_SEQ or not {b"w", b"d"} <= fields.keys():
         return None
     some = [fields.get(name, b"") for name in (b"w", b"c", b"h", b"d")]
     return _told(key, [seq, *some, facts.get(b"f" + seq, b"")])

@@ -111,15 +111,15 @@ _SCHEMA: Final = (
 _RECORD: Final = "key, seq, writer, data, coalesces, home, attempts, first_failed"
 
 _LAST: Final = """
-SELECT last_seq, pending, bytes, dead, k.key, k.token, k.until, k.claimed_to,
-    r.seq, r.writer, r.coalesces, r.home, r.since, r.apart, LENGTH(r.data)
+SELECT last_seq, pending, bytes, dead, k.key, k.until, k.claimed_to,
+    r.seq, r.writer, r.coalesces, r.home, r.since, LENGTH(r.data)
 FROM totals LEFT JOIN keys k ON k.key IN ({}) LEFT JOIN records r
     ON r.seq = (SELECT MAX(seq) FROM records WHERE key = k.key)
 """
 _ADD: Final = "INSERT INTO records (seq, key, writer, coalesces, home, since, data) VALUES "
 _LET_BE_DUE: Final = "INSERT INTO keys (key, due) VALUES "
-#: Where something of the key waits it is due when it was; where it is only held it has no `due`.
-_UNLESS_IT_IS: Final = " ON CONFLICT (key) DO UPDATE SET due = excluded.due WHERE due IS NULL"
+#: A key that is only held has a row as well.
+_IF_IT_IS_HELD: Final = " ON CONFLICT (key) DO UPDATE SET due = excluded.due"
 
 _OLDEST_HOME: Final = "(SELECT home FROM records WHERE key = k.key ORDER BY seq LIMIT 1)"
 _CLAIMABLE: Final = f"""
@@ -626,13 +626,11 @@ class _Appending:
         self._last_seq, self._pending, self._bytes, self._dead = rows[0][:4]
         now = SYSTEM.wall()
         for row in rows:
-            key, token, until, claimed_to, seq, writer, coalesces, home, since, apart, size = row[
-                4:
-            ]
+            key, until, claimed_to, seq, *kept = row[4:]
             if seq is not None:
-                last = self._last[key] = _Last(seq, writer, coalesces, home, since, size)
+                last = self._last[key] = _Last(seq, *kept)
                 last.is_stored = True
-                last.is_claimed = until > now and seq <= claimed_to and apart != token
+                last.is_claimed = until > now and seq <= claimed_to
 
     def _decide(self, task: "_Append", now: float, max_pending: int, max_bytes: int) -> int | None:
         last = self._last.get(task.key)
@@ -671,7 +669,7 @@ class _Appending:
     def _write(self) -> None:
         self._run("DELETE FROM records WHERE seq IN (", "?", self._replaced, ")")
         self._run(_ADD, "(?, ?, ?, ?, ?, ?, ?)", list(self._rows.values()))
-        self._run(_LET_BE_DUE, "(?, ?)", list(self._due.items()), _UNLESS_IT_IS)
+        self._run(_LET_BE_DUE, "(?, ?)", list(self._due.items()), _IF_IT_IS_HELD)
         if self._superseding:
             sql = "UPDATE dead SET is_superseded = 1 WHERE key = ? AND writer = ?"
             self._connection.executemany(sql, list(self._superseding))
@@ -1201,13 +1199,16 @@ def _make(connection: sqlite3.Connection) -> None:
 
 
 def _log_ahead(connection: sqlite3.Connection, path: Path) -> None:
-    """Turn on write-ahead logging; SQLite does not wait for others who do the same."""
-    for is_last in chain([False] * round(_BUSY_TIMEOUT_S / _NEW_AGAIN_S), [True]):
+    """Turn on write-ahead logging; SQLite does not always wait for others who do the same."""
+    until = SYSTEM.now() + _BUSY_TIMEOUT_S
+    tries = round(_BUSY_TIMEOUT_S / _NEW_AGAIN_S)
+    while True:
         try:
             mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
             break
         except sqlite3.OperationalError:
-            if is_last:
+            tries -= 1
+            if tries < 0 or SYSTEM.now() > until:
                 raise
             original("time", "sleep")(_NEW_AGAIN_S)
     if mode != "wal":

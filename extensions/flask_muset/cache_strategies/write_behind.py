@@ -211,11 +211,8 @@ class WriteBehind:
             OperationTimeoutError: Somebody else has had the key's turn for too long.
             Exception: What a writer of something older has raised.
         """
-        try:
-            claim = self._hold(key)
-        except MusetError as error:
-            deadline.check()
-            _log.debug("%r is written without its turn: %s", key, error)
+        claim = self._hold(key)
+        if claim is None:
             began = SYSTEM.wall()
             yield round(began * 1e6)
             self._overtake(key, began)
@@ -229,17 +226,26 @@ class WriteBehind:
                 if claim.is_whole:
                     break
                 self.drain.settle(claim, written)
-                claim, written = self._hold(key), 0
+                rest, written = self._hold(key), 0
+                if rest is None:
+                    raise CacheUnavailable(f"the journal is away, and more of {key!r} waits there")
+                claim = rest
             yield claim.seq
             if claim.records:
                 written = claim.records[-1].seq
         finally:
             self.drain.settle(claim, written)
 
-    def _hold(self, key: str) -> Claim:
+    def _hold(self, key: str) -> Claim | None:
+        """Wait for a key's turn; None if the journal is away."""
         until, pause_s = SYSTEM.now() + self.drain.timeout_s, _SHORTEST_WAIT_S
         while True:
-            claim = self.journal.hold(key)
+            try:
+                claim = self.journal.hold(key)
+            except MusetError as error:
+                deadline.check()  # where it was the caller's own time that was up
+                _log.debug("%r is written without its turn: %s", key, error)
+                return None
             if claim is not None:
                 self.drain.keep([claim])
                 return claim

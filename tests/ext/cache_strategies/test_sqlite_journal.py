@@ -249,14 +249,54 @@ def test_a_disk_that_is_full(journal, store):
         journal.append("large", large, writer="w")
     assert store.read("large") is None
     assert journal.state().pending == 1
+    # The bound was the connection's, and what has failed is not used again.
+    assert journal.append("large", large, writer="w")
+
+
+def test_a_commit_that_fails(journal, store):
+    """Where nobody knows whether a write is accepted, nothing older than it is served."""
+    put(journal)
+
+    def deny(action, name, *_):
+        is_commit = (action, name) == (sqlite3.SQLITE_TRANSACTION, "COMMIT")
+        return sqlite3.SQLITE_DENY if is_commit else sqlite3.SQLITE_OK
+
+    journal._file._connection.set_authorizer(deny)
+    with pytest.raises(DatabaseError, match="not authorized"):
+        put(journal, coalesces=False)
+    assert store.read("key") is None
+    assert journal.state().pending == 1
+
+
+def test_somebody_else_while_the_log_is_turned_on(path, journal, clock, monkeypatch):
+    """SQLite does not always wait for who uses the file just then, so the journal does."""
+    monkeypatch.setattr(sqlite_journal, "_BUSY_TIMEOUT_S", 0.02)
+    put(journal)
+    journal.close()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("PRAGMA journal_mode = DELETE")
+    other.execute("BEGIN")
+    other.execute("SELECT * FROM totals").fetchall()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        other.execute("COMMIT")
+
+    monkeypatch.setattr(sqlite_journal, "original", lambda module, name: sleep)
+    assert put(journal, "other")
+    assert waits == [sqlite_journal._NEW_AGAIN_S]
+    other.close()
 
 
 def at_once(pool, journal, calls):
-    """Let threads ask for something while another works at the file: they are served together."""
+    """Let threads ask for something, in this order, while another works at the file."""
+    waiting = []
     with journal._file._lock:
-        waiting = [pool.submit(*call) for call in calls]
-        while len(journal._file._queue) < len(waiting):
-            threading.Event().wait(0.001)
+        for call in calls:
+            waiting.append(pool.submit(*call))
+            while len(journal._file._queue) < len(waiting):
+                threading.Event().wait(0.001)
     return waiting
 
 
@@ -301,6 +341,19 @@ def test_same_keys_in_one_transaction(journal):
     assert journal.state().pending == 1 + 10 + 1 + 1
     assert journal.newest("key1").seq == max(seqs[1::3])
     assert len(journal.hold("key0").records) == 10
+
+
+def test_room_in_one_transaction(path, store):
+    """What is replaced by another of the same transaction takes no room in it."""
+    journal = SqliteJournal(path, store, max_pending=2, max_pending_bytes=2 * 53)
+    with ThreadPoolExecutor(4) as pool:
+        keys = ["key", "key", "other", "third"]
+        seqs = [
+            one.result() for one in at_once(pool, journal, [(put, journal, key) for key in keys])
+        ]
+    assert [seq is not None for seq in seqs] == [True, True, True, False]
+    assert journal.state().pending_bytes == 2 * 53
+    journal.close()
 
 
 def test_reading_syncs_nothing(journal):
@@ -372,21 +425,32 @@ def test_an_interrupt_takes_nobody_with_it(journal):
     assert journal.state().pending == 3
 
 
+class InterruptedConnection:
+    """The interrupt comes when a transaction is durable and nobody has been told so."""
+
+    def __init__(self, connection):
+        self._connection = connection
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def execute(self, sql, *parameters):
+        found = self._connection.execute(sql, *parameters)
+        if sql == "COMMIT":
+            raise Interrupted
+        return found
+
+
 def test_an_interrupt_after_the_commit(journal, store):
     """What was accepted before its writer was interrupted is not served older than it is."""
     put(journal)
-    file, commit = journal._file, journal._file._commit
-
-    def interrupt(connection, tasks):
-        file._commit = commit
-        commit(connection, tasks)
-        raise Interrupted
-
-    file._commit = interrupt
+    plain = journal._file._connection
+    journal._file._connection = InterruptedConnection(plain)
     with pytest.raises(Interrupted):
-        put(journal)
+        put(journal, coalesces=False)
+    journal._file._connection = plain
     assert store.read("key") is None
-    assert journal.newest("key")
+    assert journal.state().pending == 2
 
 
 def test_an_interrupt_while_the_cache_is_written(journal, monkeypatch):
@@ -905,6 +969,34 @@ def test_dead_letters_keep_their_age(journal, clock):
     clock.now += 50
     assert journal.requeue(journal.dead_letters()[0].id) is True
     assert journal.state().oldest_s == pytest.approx(50, abs=0.01)
+
+
+def test_a_letter_that_comes_back_is_due(journal, clock):
+    """Its key does not pause any more, and is not forgotten with a hold that ends by itself."""
+
+    def give_up(key):
+        seq = put(journal, key, coalesces=False)
+        assert journal.settle(journal.hold(key), failure=Failure(seq, "no", is_final=True))
+
+    give_up("pauses")
+    seq = put(journal, "pauses", coalesces=False)
+    journal.settle(journal.hold("pauses"), failure=Failure(seq, "no", pause_s=1000))
+    give_up("held")
+    journal.hold("held")
+    for letter in journal.dead_letters():
+        assert journal.requeue(letter.id) is True
+    assert [claim.key for claim in journal.claim(9, home="me")[0]] == ["pauses"]
+    clock.now += 100
+    assert {claim.key for claim in journal.claim(9, home="me")[0]} == {"pauses", "held"}
+
+
+def test_what_is_superseded_leaves_nothing(journal):
+    """A key without records has no row."""
+    put(journal)
+    journal.supersede("key", journal.now() + 1)
+    assert (
+        journal._read(lambda connection: connection.execute("SELECT * FROM keys").fetchall()) == []
+    )
 
 
 def test_a_home_without_a_name(journal, clock):

@@ -168,6 +168,7 @@ def test_invalidate_tells_no_source(shop):
     with shop.app.app_context():
         load(1)
         load.invalidate(1)
+        shop.cache.invalidate("user:1")
     assert shop.cache.pending()["pending"] == 0
 
 
@@ -250,6 +251,15 @@ def test_write_through_waits_for_what_is_being_written(place):
     shop.cache.write_through("k", "newer", order.append, 60)
     thread.join()
     assert order == ["older", "newer"]
+
+
+def test_write_through_does_not_go_out_of_turn(place):
+    """Where somebody else has the key for too long it says so and writes nothing."""
+    shop, written = Shop(place, WRITE_TIMEOUT=0.05), []
+    shop.behind.journal.hold("k")
+    with pytest.raises(OperationTimeoutError, match="somebody else"):
+        shop.cache.write_through("k", 1, written.append, 60)
+    assert written == []
 
 
 def test_interleaved_puts_and_deletes_end_right(place, prove):
