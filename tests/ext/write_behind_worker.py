@@ -26,6 +26,8 @@ from flask_muset import CacheStrategies
 from flask_muset.cache_strategies import extension
 from flask_muset.errors import MusetError
 
+_log = logging.getLogger(__name__)
+
 _LANES = 4
 _FIRST = "from gevent import monkey; monkey.patch_all(); import write_behind_worker as worker"
 
@@ -178,11 +180,9 @@ class Nursery:
             try:
                 app, cache, functions = self._made[slot]
                 with app.app_context():
-                    Writing(
-                        cache, functions, self.events, slot, generation, self._seed
-                    ).run()
+                    Writing(cache, functions, self.events, slot, generation, self._seed).run()
             except BaseException:
-                logging.exception("a process has ended by itself")
+                _log.exception("a process has ended by itself")
             finally:
                 os._exit(1)
         self._running[slot] = pid, kill_at

@@ -1,8 +1,8 @@
 -- Accept a write: its record, and what the cache has of the key, both or neither.
 -- What comes so late that its sender has given up does nothing, nor does what finds no room.
--- KEYS: value, lock.  ARGV: channel, sender, value or nothing to delete it, its milliseconds or 0 for
--- no end, name, the microseconds of too late; place, writer, whether it coalesces or ? to take the
--- last record's writer, home, microseconds until it is due, most records, most bytes.
+-- KEYS: value, lock.  ARGV: channel, sender, value or nothing to delete it, its milliseconds or 0
+-- for no end, name, the microseconds of too late; place, writer, whether it coalesces or ? to take
+-- the last record's writer, home, microseconds until it is due, most records, most bytes.
 -- Returns the microseconds of now, and the sequence or why there is none.
 local call, pcall = redis.call, redis.pcall
 local channel, sender, data, lifetime, key, late = unpack(ARGV, 1, 6)

@@ -1,5 +1,5 @@
--- Some dead letters, as they were given up.  ARGV: place, id behind which they begin or nothing, how
--- many at most.  Returns for each its id, its fields, and whether it is superseded.
+-- Some dead letters, as they were given up.  ARGV: place, id behind which they begin or nothing,
+-- how many at most.  Returns for each its id, its fields, and whether it is superseded.
 local found, size, from, left = {}, 0, ARGV[2] == '' and '-' or '(' .. ARGV[2], tonumber(ARGV[3])
 while left > 0 and size < MOST_BYTES do
   local page = redis.call('XRANGE', DEAD, from, '+', 'COUNT', math.min(left, 10))

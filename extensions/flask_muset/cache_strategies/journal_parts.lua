@@ -109,7 +109,9 @@ local function take(key, token, now, ends)
   for index, record in ipairs(records) do
     local seq = record.seq
     ids[index] = ' ' .. seq .. ':' .. #record.d
-    told[index] = {seq, record.w, record.c or '0', record.h or '', record.d, state['f' .. seq] or ''}
+    told[index] = {
+      seq, record.w, record.c or '0', record.h or '', record.d, state['f' .. seq] or ''
+    }
   end
   redis.call('HSET', facts(key), 'token', token, 'ends', ends, 'ids', table.concat(ids))
   return {key, token, is_whole and 1 or 0, told}, #records, size

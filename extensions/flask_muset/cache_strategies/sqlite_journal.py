@@ -15,6 +15,7 @@ import re
 import secrets
 import sqlite3
 import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -842,13 +843,20 @@ class _File:
         self._connection: sqlite3.Connection | None = None
         #: Device and inode of the file that the connection has open.
         self._identity: tuple[int, int] = (0, 0)
-        self._queue: deque[_Task[Any]] = deque()
-        self._flusher: Any = None
         #: What is being committed.
         self._committing: Sequence[_Task[Any]] = ()
+        self._begin_anew()
         # It is held for as long as a thread works at the file.
         give_lock(self)
         _files.add(self)
+
+    def _begin_anew(self) -> None:
+        self._queue: deque[_Task[Any]] = deque()
+        #: The greenlet that has it done, where there is a hub.
+        self._flusher: Any = None
+        #: Else whoever works for all who wait for their turn.
+        self._leader: _Task[Any] | None = None
+        self._turn = threading.Condition()
 
     # --- Waiting
 
@@ -861,6 +869,8 @@ class _File:
         try:
             if _has_hub():
                 self._wait(task)
+            elif is_patched():
+                self._work_alone(task)
             else:
                 self._take_turn(task)
         except BaseException:
@@ -890,7 +900,10 @@ class _File:
             while self._queue:
                 job = _spawn(self._flush)
                 cut = _wait_for_end(job)
-                _hand_out(job.value[1])
+                is_well, done = job.value
+                if not is_well:
+                    raise done
+                _hand_out(done)
                 if cut is not None:
                     raise cut
         finally:
@@ -899,10 +912,34 @@ class _File:
 
     def _take_turn(self, task: _Task[Any]) -> None:
         """Let the first of those who wait do it for all."""
-        self._queue.append(task)
-        with self._lock:
-            done = () if task.is_done else self._flush_held()
+        done: list[_Task[Any]] = []
+        try:
+            if self._is_led(task):
+                return
+            with self._lock:
+                while not task.is_done:
+                    done += self._do(self._take())
+        finally:
+            with self._turn:
+                if self._leader is task:
+                    self._leader = None
+                    self._turn.notify_all()
         _hand_out(done)
+
+    def _is_led(self, task: _Task[Any]) -> bool:
+        """Wait until somebody has done it, or for nobody to be at work."""
+        with self._turn:
+            self._queue.append(task)
+            while self._leader is not None and not task.is_done:
+                self._turn.wait()
+            if not task.is_done:
+                self._leader = task
+            return task.is_done
+
+    def _work_alone(self, task: _Task[Any]) -> None:
+        """In a native thread of gevent's, which can wake no greenlet."""
+        with self._lock:
+            self._do([task])
 
     def _abandon(self, task: _Task[Any]) -> None:
         task.is_abandoned = True
@@ -917,12 +954,14 @@ class _File:
 
     def _flush(self) -> list[_Task[Any]]:
         with self._lock:
-            return self._flush_held()
+            return self._do(self._take())
 
-    def _flush_held(self) -> list[_Task[Any]]:
-        """Do what is asked for; return what has ended."""
+    def _take(self) -> list[_Task[Any]]:
         queue = self._queue
-        tasks = [queue.popleft() for _ in range(min(len(queue), _GROUP))]
+        return [queue.popleft() for _ in range(min(len(queue), _GROUP))]
+
+    def _do(self, tasks: list[_Task[Any]]) -> list[_Task[Any]]:
+        """Do what is asked for; return what has ended."""
         try:
             self._transact(tasks)
         except BaseException:
@@ -1027,9 +1066,8 @@ class _File:
         if self._connection is not None:
             _left_alone.append(self._connection)
             self._connection = None
-        self._queue = deque()
-        self._flusher = None
         self._committing = ()
+        self._begin_anew()
 
 
 class _Forks:

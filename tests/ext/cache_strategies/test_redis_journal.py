@@ -46,16 +46,26 @@ class CutWay(SlowWay):
         return super()._pieces(data)
 
 
+@pytest.fixture(scope="class")
+def shared_server(tmp_path_factory):
+    """A server for many tests, which take a namespace each."""
+    server = RedisServer(tmp_path_factory.mktemp("redis")).start()
+    yield server
+    server.kill()
+
+
 class TestRedisJournal(JournalSuite):
     """The same over a real server."""
 
+    _names = itertools.count()
+
     @pytest.fixture
-    def make_beside(self, redis_server):
+    def make_beside(self, shared_server):
         """A function that makes a journal on the records of a namespace."""
         made = []
 
         def make(name, **options):
-            client = GuardedRedis(redis_server.url, budget_s=EASY, prefix=f"muset:{name}:")
+            client = GuardedRedis(shared_server.url, budget_s=EASY, prefix=f"muset:{name}:")
             store = TieredStore(client, max_bytes=2**20)
             made.append((client, store))
             return RedisJournal(store, client, **{"lease_s": self.lease_s, **options})
@@ -67,16 +77,19 @@ class TestRedisJournal(JournalSuite):
 
     @pytest.fixture
     def make_journal(self, make_beside):
-        names = itertools.count()
-        return lambda **options: make_beside(next(names), **options)
+        return lambda **options: make_beside(next(self._names), **options)
 
     @pytest.fixture
-    def journal(self, make_beside):
-        return make_beside("both")
+    def namespace(self):
+        return next(self._names)
 
     @pytest.fixture
-    def other_journal(self, make_beside):
-        return make_beside("both")
+    def journal(self, make_beside, namespace):
+        return make_beside(namespace)
+
+    @pytest.fixture
+    def other_journal(self, make_beside, namespace):
+        return make_beside(namespace)
 
 
 @pytest.fixture
@@ -498,25 +511,20 @@ def test_a_restart_keeps_what_was_accepted(tmp_path, make):
 def test_a_redis_that_loads(redis_server, make, redis):
     """While Redis reads its data a write is refused, and nothing has changed."""
     journal = make(redis_server.url)
-    for number in range(60):
-        put(journal, f"key{number}", b"old")
+    put(journal, "key", b"old")
+    for number in range(4):  # it answers after each two MiB that it has read
+        redis.execute("SET", f"large{number}", LARGE * 2)
     redis.execute("SAVE")
     redis_server.kill()
-    # Microseconds for each key.
-    redis_server._command += [
-        "--key-load-delay",
-        "3000",
-        "--loading-process-events-interval-bytes",
-        "1024",
-    ]
+    redis_server._command += ["--key-load-delay", "50000"]  # microseconds
     redis_server.start()
     late = make(redis_server.url)
     with pytest.raises(ExternalServiceError, match="loading") as caught:
-        late.append("key0", entry(b"new"), writer="w")
+        late.append("key", entry(b"new"), writer="w")
     assert caught.value.unavailable
     until(lambda: reached(late))
-    assert payloads([late.newest("key0")]) == [b"old"]
-    assert late.state().pending == 60
+    assert payloads([late.newest("key")]) == [b"old"]
+    assert late.state().pending == 1
 
 
 def test_a_redis_that_is_full(journal, redis):
