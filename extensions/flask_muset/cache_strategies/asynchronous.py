@@ -167,7 +167,7 @@ class AsyncCacheManager:
         other one on this loop as long as that runs.
         """
         cache = _current()
-        is_named = bool(cache.behind.writers.of(write_func).name)
+        is_named = not cache.behind.writers.of(write_func).is_homely
         write = write_func if is_named else wraps(write_func)(_on_loop(write_func))
         return await _beside(cache.write_behind, key, value, write, expire, tags)
 

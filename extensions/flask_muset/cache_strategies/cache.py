@@ -304,7 +304,11 @@ class Cache:
         if self._is_off:
             self._note(_BYPASSED)
             waiting = self.behind.pending(key) if self.behind.is_used else None
-            return fetch() if waiting is None else self._decode(waiting.payload)
+            if waiting is not None:
+                value, _ = self._value(waiting)
+                if value is not ABSENT:
+                    return value
+            return fetch()
         try:
             answer = self._loader.get(key, fetch, options)
         except NotFoundError:
@@ -374,9 +378,7 @@ class Cache:
             made: The entry of what was written.
             writer: Whose write it is; None for one that takes the place of all that wait.
         """
-        supersedes = writer is None or writer.coalesces
-        behind = self.behind
-        turn = behind.turn(key, supersedes=supersedes) if behind.is_used else nullcontext(0)
+        turn = self.behind.turn(key, writer) if self.behind.is_used else nullcontext(0)
         with turn as seq:
             began, written = self.store.begin_write(key), None
             try:

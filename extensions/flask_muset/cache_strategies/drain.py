@@ -1,148 +1,58 @@
 """What brings the records of a journal to their sources.
 
-Each process claims keys that are due, calls their writers beside its requests, and settles. A key is
-written by one process at a time and in the order of its records; one that fails waits by itself and
-holds up nobody else.
+Each process claims keys that are due, lets their writers run beside its requests, and settles. A
+key is written by one process at a time and in the order of its records; one that fails waits by
+itself and holds up nobody else.
 """
 
 import atexit
+import contextvars
 import logging
 import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from flask_muset import context
-from flask_muset.cache_strategies.codec import Codec
-from flask_muset.cache_strategies.envelope import unpack
+from flask_muset.cache_strategies.attempts import Attempts
 from flask_muset.cache_strategies.journal import Claim, Failure, Journal, Record, State
-from flask_muset.cache_strategies.stores import Tell
-from flask_muset.cache_strategies.writers import UnknownWriter, WriteContext, Writer, Writers
+from flask_muset.cache_strategies.writers import UnknownWriter, Writer
 from flask_muset.clock import SYSTEM
-from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
 from flask_muset.locks import give_lock, is_patched, make_event, run_beside
-from flask_muset.redaction import redact_text
-from flask_muset.translate import translate
 
-__all__ = ["Drain", "describe", "write_context"]
+__all__ = ["Drain"]
 
 _log = logging.getLogger(__name__)
 
 #: Seconds between two looks at a journal in which nothing is due, for what other processes left.
 _POLL_S = 1.0
-#: Seconds before the second attempt; they double up to the longest, and up to half is chance.
-_FIRST_PAUSE_S = 0.5
-_LONGEST_PAUSE_S = 60.0
-#: A source is away once so many keys in a row have failed by errors that may be tried again. From
-#: then on it is tried once in a while, and no record uses up its attempts.
-_KEYS_AWAY = 5
-_PROBE_S = 0.5
-_AWAY_PAUSE_S = 2.0
-#: For a record whose function is on its way into this process's table, and for a key that is due
-#: and was not to be had.
+#: For a key that is due and was not to be had.
 _MOMENT_S = 0.02
-_ERROR_CHARACTERS = 1000
-#: Of a record whose writer is not known here, and seconds for which it is waited for at least: a
-#: newer version of the app may know it.
-_MOST_ATTEMPTS = 5
-_DEPLOY_S = 600.0
-#: Seconds for which an error that may be tried again kills nothing: a database restarts in less.
-_RESTART_S = 60.0
+#: For a key whose writer has all the places that it may have.
+_CROWDED_S = 0.25
+#: How much longer than it may write the end of a process waits for the loop.
+_SLACK_S = 0.5
 
 
-def write_context(record: Record) -> WriteContext:
-    """What the writer of a record is told."""
-    token = f"{record.key}:{record.seq}"
-    return WriteContext(record.key, record.seq, token, record.attempts + 1, record.deleted)
+class _Job:
+    """What one writer is called for next.
 
+    Attributes:
+        writer: Takes the first records of all claims at once; None if each is written by itself.
+        claims: One, or several of a batch.
+        name: Of the writer of the first record.
+    """
 
-def describe(error: BaseException) -> str:
-    """An exception in a line for people, without what looks like a secret."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return redact_text(text)[:_ERROR_CHARACTERS]
+    __slots__ = ("claims", "name", "writer")
 
-
-class _NotYet(Exception):  # noqa: N818 - nobody else sees it
-    """The function of a record is not in its table yet."""
-
-
-class _Functions:
-    """Functions that only this process has, by the record that is theirs."""
-
-    def __init__(self) -> None:
-        self._arriving: dict[str, int] = {}
-        self._by_key: dict[str, dict[int, Writer]] = {}
-
-    def __len__(self) -> int:
-        return len(self._by_key)
-
-    def get(self, record: Record) -> Writer | None:
-        """The function of a record; raises _NotYet."""
-        found = self._by_key.get(record.key, {}).get(record.seq)
-        if found is None and record.key in self._arriving:
-            raise _NotYet
-        return found
-
-    def expect(self, key: str) -> None:
-        """A record of this key is being accepted."""
-        self._arriving[key] = self._arriving.get(key, 0) + 1
-
-    def arrived(self, key: str, seq: int | None, writer: Writer) -> None:
-        """It was, with this sequence; None or 0 if it was not."""
-        if seq:
-            self._by_key.setdefault(key, {})[seq] = writer
-        self._arriving[key] -= 1
-        if not self._arriving[key]:
-            del self._arriving[key]
-
-    def forget(self, key: str, seq: int) -> None:
-        """The records of a key up to this one are gone."""
-        known = self._by_key.get(key)
-        if known is None:
-            return
-        for old in [one for one in known if one <= seq]:
-            del known[old]
-        if not known:
-            self._by_key.pop(key, None)
-
-
-class _Source:
-    """Whether what a writer writes to is there, as far as this process has seen."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._failed: set[str] = set()
-        self._probe_at = 0.0
-
-    @property
-    def is_away(self) -> bool:
-        return len(self._failed) >= _KEYS_AWAY
-
-    def may_try(self) -> bool:
-        """Whether a record is to be tried now."""
-        if not self.is_away:
-            return True
-        now = SYSTEM.now()
-        if now < self._probe_at:
-            return False
-        self._probe_at = now + _PROBE_S
-        return True
-
-    def answered(self) -> None:
-        if self.is_away:
-            _log.info("the source of writer %r answers again", self._name)
-        self._failed.clear()
-
-    def failed(self, key: str, error: str) -> None:
-        if len(self._failed) == _KEYS_AWAY:
-            return
-        self._failed.add(key)
-        if self.is_away:
-            _log.warning("the source of writer %r is away: %s", self._name, error)
+    def __init__(self, writer: Writer | None, claims: list[Claim]) -> None:
+        self.writer = writer
+        self.claims = claims
+        records = claims[0].records
+        self.name = records[0].writer if records else ""
 
 
 class Drain:
@@ -150,13 +60,9 @@ class Drain:
 
     Args:
         journal: Whose records.
-        writers: Who writes them.
-        codec: Makes values of bytes.
-        run: Calls a function in the app's context.
-        tell: Counts `write_behind_write`: `ok`, `error`, `dead`, with its seconds.
+        attempts: Tries to write them.
         publish: Is told how much there is, about once a second.
         at_once: How many writers run at the same time at most, at least 1.
-        timeout_s: Seconds that one attempt may take; where gevent runs it is cut off then.
         lease_s: Of the journal.
         exit_s: Seconds that the end of the process waits for what can still be written.
     """
@@ -166,70 +72,70 @@ class Drain:
     def __init__(
         self,
         journal: Journal,
-        writers: Writers,
-        codec: Codec,
+        attempts: Attempts,
         *,
-        run: Callable[[Callable[[], None]], None],
-        tell: Tell,
         publish: Callable[[State], None],
         at_once: int = 8,
-        timeout_s: float = 30.0,
         lease_s: float = 10.0,
         exit_s: float = 5.0,
     ) -> None:
-        self.exit_s = exit_s
+        self.attempts = attempts
         self._journal = journal
-        self._writers = writers
-        self._codec = codec
-        self._run = run
-        self._tell = tell
         self._publish = publish
         self._at_once = at_once
-        self.timeout_s = timeout_s
         self._pause_s = lease_s / 3
-        #: Is called before keys are claimed; what it raises keeps them from being claimed.
-        self.before_claims: Callable[[], None] = _nothing
+        self.exit_s = exit_s
         self._begin_anew()
         give_lock(self)
 
     def _begin_anew(self) -> None:
         #: Token of this process, for functions that only it has.
         self.home = secrets.token_hex(8)
-        self.functions = _Functions()
-        self._sources: dict[str, _Source] = {}
-        self._jobs: deque[tuple[Writer | None, list[Claim]]] = deque()
-        self._running = 0
+        self._jobs: deque[_Job] = deque()
+        self._running: dict[str, int] = {}
+        self._busy = 0
         self._held: dict[str, Claim] = {}
-        self._is_renewing = self._is_started = self._is_closed = False
-        self._is_away = False
+        self._is_renewing = self._is_started = self._is_away = False
+        self._closes_at: float | None = None
         self._next_beat = self._next_state = 0.0
         self._wake: Any = None
+        self._ended: Any = None
 
     def _forked(self) -> None:
         self._begin_anew()
+        self.attempts.begin_anew()
 
     # --- The loop beside the requests
 
     def start(self) -> None:
         """Begin to write in this process, if that has not begun."""
-        if self._is_started:
+        if self._is_started or not _has_lasting_hub():
             return
         with self._lock:
-            if self._is_started or self._is_closed:
+            if self._is_started or self._closes_at is not None:
                 return
             self._is_started = True
-        self._wake = make_event()
+        self._wake, self._ended = make_event(), make_event()
+        try:
+            loop = partial(_loop, weakref.ref(self), self._wake, self._ended)
+            run_beside(loop, name="write-behind")
+        except BaseException:
+            self._is_started = False
+            raise
         atexit.register(_close_at_exit, weakref.ref(self))
-        run_beside(partial(_loop, weakref.ref(self), self._wake), name="write-behind")
 
     def wake(self) -> None:
         """Something is due."""
         if self._wake is not None:
             self._wake.set()
 
-    def turn(self) -> float:
-        """Claim what is due; the seconds until the next look."""
+    def turn(self) -> float | None:
+        """Claim what is due; the seconds until the next look, None if there will be none."""
+        closes_at = self._closes_at
         try:
+            if closes_at is not None:
+                self._finish(closes_at)
+                return None
             claimed, due_s = self._fill(early=False)
             self._tell_state()
             self._is_away = False
@@ -237,19 +143,33 @@ class Drain:
             if not self._is_away:
                 self._is_away = True
                 _log.warning("the journal of write-behind cannot be read: %s", error)
-            return _POLL_S
-        if claimed and self._running < self._at_once:
+            return None if closes_at is not None else _POLL_S
+        if claimed and self._busy < self._at_once:
             return 0.0
         return _POLL_S if due_s is None else min(max(due_s, _MOMENT_S), _POLL_S)
 
     def _tell_state(self) -> None:
+        self.beat()
         now = SYSTEM.now()
-        if self.functions and now >= self._next_beat:
-            self._next_beat = now + self._pause_s
-            self._journal.beat(self.home)
         if now >= self._next_state:
             self._next_state = now + _POLL_S
             self._publish(self._journal.state())
+
+    def beat(self, *, first: bool = False) -> None:
+        """Say that this process lives, as long as it has functions that no other one has.
+
+        Args:
+            first: Whether it is about to have one.
+        """
+        now, functions = SYSTEM.now(), self.attempts.functions
+        if now < self._next_beat or not (first or functions):
+            return
+        self._journal.beat(self.home)
+        self._next_beat = now + self._pause_s
+        for key in functions.keys:
+            # What others have superseded or dropped.
+            if self._journal.newest(key) is None:
+                functions.forget(key)
 
     # --- On demand
 
@@ -268,21 +188,21 @@ class Drain:
         """
         until, early, seen = SYSTEM.now() + timeout_s, True, set[str]()
         while True:
-            claimed, due_s = self._fill(early=early, beside=beside)
+            claimed, due_s = self._fill(early=early, until=None if beside else until)
             early = early and seen.isdisjoint(claimed)
             seen.update(claimed)
-            is_idle = not claimed and not self._running
+            is_idle = not claimed and not self._busy
             if is_idle and self._journal.state().pending == 0:
                 return True
             left_s = until - SYSTEM.now()
             if left_s <= 0:
                 return False
-            if not claimed or self._running >= self._at_once:
+            if not claimed or self._busy >= self._at_once:
                 self._wait(left_s, due_s)
 
     def _wait(self, left_s: float, due_s: float | None) -> None:
         """Until a writer of this process may have ended, or something is due."""
-        if self._running:
+        if self._busy:
             time.sleep(min(left_s, 0.005))
         else:
             SYSTEM.sleep(min(left_s, 0.05 if due_s is None else max(due_s, 0.001), _POLL_S))
@@ -290,74 +210,115 @@ class Drain:
     def close(self, timeout_s: float) -> None:
         """Write what there is for some time, then leave the rest to other processes."""
         with self._lock:
-            is_first, self._is_closed = self._is_started and not self._is_closed, True
-        if not is_first:
-            return
-        self.wake()
-        try:
-            # Late in the life of a process no thread can be started.
-            self.flush(timeout_s, beside=is_patched())
-        except MusetError as error:
-            _log.warning("the journal of write-behind keeps what was not written: %s", error)
+            is_first = self._is_started and self._closes_at is None
+            self._closes_at = SYSTEM.now() + timeout_s
+        if is_first:
+            self.wake()
+            # The loop writes, so that a writer that hangs does not keep the process from ending.
+            self._ended.wait(timeout_s + _SLACK_S)
 
-    @property
-    def is_closed(self) -> bool:
-        """Whether it writes no more."""
-        return self._is_closed
+    def _finish(self, closes_at: float) -> None:
+        left_s = closes_at - SYSTEM.now()
+        if left_s > 0:
+            # Late in the life of a process no thread can be started.
+            self.flush(left_s, beside=is_patched())
+        self._give_back(list(self._jobs))
 
     # --- Claiming
 
-    def _fill(self, *, early: bool, beside: bool = True) -> tuple[list[str], float | None]:
-        """Claim as many keys as there is room for, and let them be written."""
-        free = self._at_once - self._running
+    def _fill(self, *, early: bool, until: float | None = None) -> tuple[list[str], float | None]:
+        """Claim as many keys as there is room for, and let them be written.
+
+        Args:
+            early: Whether also those that are not due.
+            until: Write them here, up to this moment; None for beside.
+        """
+        free = self._at_once - self._busy
         if free <= 0:
             return [], None
-        self.before_claims()
-        limit = max(free, self._writers.largest_batch)
-        claims, due_s = self._journal.claim(limit, home=self.home, early=early)
-        self.keep(claims)
-        self._jobs.extend(self._grouped(claims))
-        if beside:
-            for _ in range(min(free, len(self._jobs))):
-                self._spawn()
+        claims: list[Claim] = []
+        try:
+            due_s = self._claim(claims, free, early=early)
+            jobs = self._grouped(claims)
+        except BaseException:
+            for claim in claims:
+                self.settle(claim)
+            raise
+        # A batch takes the records of several keys, of which some were another writer's.
+        self._jobs.extend(jobs[:free])
+        self._give_back(jobs[free:])
+        if until is not None:
+            self._work(until)
         else:
-            self._work()
-        return [claim.key for claim in claims], due_s
+            for _ in jobs[:free]:
+                self._spawn()
+        return [claim.key for job in jobs[:free] for claim in job.claims], due_s
+
+    def _claim(self, claims: list[Claim], free: int, *, early: bool) -> float | None:
+        """Claim keys into a list, for a writer of batches more than one; when others are due."""
+        wanted = free
+        while True:
+            found, due_s = self._journal.claim(wanted, home=self.home, early=early)
+            claims += found
+            self.keep(found)
+            largest = max((self._batch_of(claim) for claim in claims), default=1)
+            if len(found) < wanted or wanted > free or largest <= len(claims):
+                return due_s
+            # Once more, and more than there are places: one of them takes these all.
+            wanted = max(largest - len(claims), free + 1)
+
+    def _batch_of(self, claim: Claim) -> int:
+        writer = self._batch_writer(claim)
+        return 1 if writer is None or writer.batch is None else writer.batch
+
+    def _give_back(self, jobs: Iterable[_Job], pause_s: float = 0.0) -> None:
+        for job in jobs:
+            for claim in job.claims:
+                failure = None
+                if pause_s and claim.records:
+                    failure = Failure(claim.records[0].seq, "", pause_s=pause_s, counts=False)
+                self.settle(claim, 0, failure)
 
     def _spawn(self) -> None:
+        """Begin one more worker, if there is room."""
         with self._lock:
-            self._running += 1
+            if self._busy >= self._at_once:
+                return
+            self._busy += 1
         try:
             run_beside(self._work_beside, name="write-behind-writer")
         except BaseException:
             with self._lock:
-                self._running -= 1
+                self._busy -= 1
             raise
 
-    def _grouped(self, claims: Iterable[Claim]) -> list[tuple[Writer | None, list[Claim]]]:
+    def _grouped(self, claims: Iterable[Claim]) -> list[_Job]:
         """One job for each claim, and for a writer of batches one for several."""
-        jobs: list[tuple[Writer | None, list[Claim]]] = []
-        groups: dict[str, tuple[list[Claim], int]] = {}
+        jobs: list[_Job] = []
+        groups: dict[str, tuple[_Job, int]] = {}
         for claim in claims:
             writer = self._batch_writer(claim)
             if writer is None:
-                jobs.append((None, [claim]))
+                jobs.append(_Job(None, [claim]))
                 continue
             count = len(_leading(claim, writer))
-            group, has = groups.get(writer.name, ([], 0))
-            if not group or has + count > (writer.batch or 1):
-                group, has = [], 0
-                jobs.append((writer, group))
-            group.append(claim)
-            groups[writer.name] = group, has + count
+            job, has = groups.get(writer.name, (None, 0))
+            if job is None or has + count > (writer.batch or 1):
+                job, has = _Job(writer, [claim]), 0
+                jobs.append(job)
+            else:
+                job.claims.append(claim)
+            groups[writer.name] = job, has + count
         return jobs
 
     def _batch_writer(self, claim: Claim) -> Writer | None:
+        if not claim.records:
+            return None
         try:
-            writer = self._writers.named(claim.records[0].writer) if claim.records else None
+            writer = self.attempts.writers.named(claim.records[0].writer)
         except UnknownWriter:
             return None  # which is said where it is to be written
-        return writer if writer is not None and writer.batch is not None else None
+        return None if writer.batch is None else writer
 
     # --- Writing
 
@@ -366,28 +327,55 @@ class Drain:
             self._work()
         finally:
             with self._lock:
-                self._running -= 1
+                self._busy -= 1
             self.wake()
 
-    def _work(self) -> None:
-        while True:
+    def _work(self, until: float | None = None) -> None:
+        while until is None or SYSTEM.now() < until:
             try:
-                writer, claims = self._jobs.popleft()
+                job = self._jobs.popleft()
             except IndexError:
                 return
-            if writer is None or len(claims) == 1:
-                for claim in claims:
-                    self._write(claim)
-            else:
-                self._write_batch(writer, claims)
+            if not self._enter(job):
+                self._give_back([job], _CROWDED_S)
+                continue
+            try:
+                self._carry_out(job)
+            finally:
+                with self._lock:
+                    self._running[job.name] -= 1
+
+    def _enter(self, job: _Job) -> bool:
+        """Take one of a writer's places; one that hangs must leave some to the others."""
+        is_only = sum(1 for _ in self.attempts.writers) < 2
+        most = self._at_once if is_only else max(1, self._at_once - 1)
+        with self._lock:
+            has = self._running.get(job.name, 0)
+            if has >= most:
+                return False
+            self._running[job.name] = has + 1
+        return True
+
+    def _carry_out(self, job: _Job) -> None:
+        left = list(job.claims)
+        try:
+            if job.writer is not None and len(left) > 1:
+                self._write_batch(job.writer, left)
+            while left:
+                self._write(left.pop(0))
+        finally:
+            for claim in left:
+                self.settle(claim)
 
     def _write(self, claim: Claim) -> None:
         """Write the records of a key one after the other, up to the first that fails."""
         written, failure = 0, None
         try:
             for record, newer in zip(claim.records, (*claim.records[1:], None), strict=True):
+                if written and record.home not in ("", self.home):
+                    break  # it is left to its home, as the first one of a key is
                 if newer is None or not _takes_place(newer, record):
-                    failure = self._attempt(record)
+                    failure = self.attempts.write(record)
                 if failure is not None:
                     break
                 written = record.seq
@@ -395,117 +383,11 @@ class Drain:
             self.settle(claim, written, failure)
 
     def _write_batch(self, writer: Writer, claims: list[Claim]) -> None:
-        """Write the first records of several keys at once; each alone if that fails."""
-        left = list(claims)
-        try:
-            picked = [_leading(claim, writer) for claim in claims]
-            records = [record for some in picked for record in some]
-            if self._source(writer).may_try() and self._try(writer, records) is None:
-                for claim, some in zip(claims, picked, strict=True):
-                    left.remove(claim)
-                    self.settle(claim, some[-1].seq)
-            while left:
-                self._write(left.pop(0))
-        finally:
-            for claim in left:
-                self.settle(claim)
-
-    def _attempt(self, record: Record) -> Failure | None:
-        """Write one record; what has become of it if that failed."""
-        try:
-            writer = self._resolve(record)
-        except _NotYet:
-            return Failure(record.seq, "", pause_s=_MOMENT_S, counts=False)
-        except UnknownWriter as error:
-            return self._failed(None, record, error)
-        source = self._source(writer)
-        if not source.may_try():
-            pause_s = _AWAY_PAUSE_S * SYSTEM.uniform(0.5, 1.5)
-            return Failure(record.seq, "", pause_s=pause_s, counts=False)
-        failed = self._try(writer, [record])
-        return None if failed is None else self._failed(writer, record, failed)
-
-    def _resolve(self, record: Record) -> Writer:
-        if record.home:
-            writer = self.functions.get(record) or self._writers.owner(record.key)
-            if writer is not None:
-                return writer
-        return self._writers.named(record.writer)
-
-    def _source(self, writer: Writer) -> _Source:
-        return self._sources.setdefault(writer.name, _Source(writer.name))
-
-    def _try(self, writer: Writer, records: Sequence[Record]) -> Exception | None:
-        """Call a writer; the exception that it has raised."""
-        began = SYSTEM.now()
-        try:
-            writes = [(self.value(record), write_context(record)) for record in records]
-            self._run(partial(self._call, writer, writes))
-        except Exception as error:  # noqa: BLE001 - it becomes a failure of the record
-            self._tell("write_behind_write", "error", SYSTEM.now() - began)
-            return error
-        self._source(writer).answered()
-        self._tell("write_behind_write", "ok", SYSTEM.now() - began)
-        return None
-
-    def _call(self, writer: Writer, writes: Sequence[tuple[Any, WriteContext]]) -> None:
-        with deadline(self.timeout_s):
-            writer.write(writes)
-
-    def value(self, record: Record) -> Any:
-        """What a record holds, None for a delete; raises Unreadable."""
-        if record.deleted:
-            return None
-        return self._codec.decode(unpack(record.data, 0).payload)
-
-    def _failed(self, writer: Writer | None, record: Record, error: Exception) -> Failure:
-        text, attempts = describe(error), record.attempts + 1
-        known = translate(error, context.translations())
-        counts, most, grace_s = self._judge(writer, record.key, known, error, text)
-        since = record.first_failed
-        failed_for_s = 0.0 if since is None else SYSTEM.wall() - since
-        if counts and attempts >= most and failed_for_s >= grace_s:
-            self._tell("write_behind_write", "dead", None)
-            _log.error(
-                "%r is a dead letter after %d attempts", record.key, attempts, exc_info=error
-            )
-            return Failure(record.seq, text, is_final=True)
-        pause_s = min(_FIRST_PAUSE_S * 2 ** min(record.attempts, 10), _LONGEST_PAUSE_S)
-        pause_s = max(pause_s * SYSTEM.uniform(0.5, 1), known.retry_after_s or 0.0)
-        _log.info("%r is written again in %.1f s: %s", record.key, pause_s, text)
-        return Failure(record.seq, text, pause_s=pause_s, counts=counts)
-
-    def _judge(
-        self, writer: Writer | None, key: str, known: MusetError, error: Exception, text: str
-    ) -> tuple[bool, int, float]:
-        """Whether an attempt counts, how many there may be, and for how many seconds at least."""
-        if writer is None:
-            is_final = isinstance(error, UnknownWriter) and error.is_final
-            return True, 1 if is_final else _MOST_ATTEMPTS, 0.0 if is_final else _DEPLOY_S
-        source = self._source(writer)
-        if not known.retryable:
-            source.answered()
-            return True, writer.max_attempts, 0.0
-        counts = not source.is_away
-        source.failed(key, text)
-        return counts, writer.max_attempts, _RESTART_S
-
-    # --- In somebody else's time
-
-    def writer_of(self, record: Record) -> Writer:
-        """Who writes a record.
-
-        Raises:
-            UnknownWriter: Nobody here, or nobody yet.
-        """
-        try:
-            return self._resolve(record)
-        except _NotYet:
-            raise UnknownWriter("its function is on its way", is_final=False) from None
-
-    def write_here(self, record: Record) -> None:
-        """Write a record in the caller's time; raises what its writer raises."""
-        self._call(self.writer_of(record), [(self.value(record), write_context(record))])
+        """Write the first records of several keys at once; those that were leave the list."""
+        picked = [_leading(claim, writer) for claim in claims]
+        if self.attempts.write_batch(writer, [record for some in picked for record in some]):
+            for some in picked:
+                self.settle(claims.pop(0), some[-1].seq)
 
     # --- Claims that this process has
 
@@ -517,11 +399,27 @@ class Drain:
             if self._is_renewing or not self._held:
                 return
             self._is_renewing = True
-        run_beside(self._renew, name="write-behind-claims")
+        try:
+            run_beside(self._renew, name="write-behind-claims")
+        except RuntimeError as error:
+            # The process ends and starts no more threads; what it does now takes less than a lease.
+            self._is_renewing = False
+            _log.debug("claims are not renewed: %s", error)
 
     def settle(self, claim: Claim, written: int = 0, failure: Failure | None = None) -> None:
         """End a claim; one that cannot be settled ends by itself, and is written again."""
         self._held.pop(claim.token, None)
+        try:
+            # Without the caller's deadline, which may be up.
+            contextvars.Context().run(self._settle, claim, written, failure)
+        except Exception:  # noqa: BLE001 - it is said, and the claim ends by itself
+            _log.exception("%r may be written again, its claim was not settled", claim.key)
+        except BaseException:
+            # Cut off in the middle. Once more, where whoever cuts this one off cannot reach it.
+            run_beside(partial(self._settle, claim, written, failure), name="write-behind-claims")
+            raise
+
+    def _settle(self, claim: Claim, written: int, failure: Failure | None) -> None:
         try:
             is_held = self._journal.settle(claim, written=written, failure=failure)
         except MusetError as error:
@@ -531,7 +429,8 @@ class Drain:
             _log.warning("the claim of %r had ended, it may be written again", claim.key)
             return
         gone = written if failure is None or not failure.is_final else failure.seq
-        self.functions.forget(claim.key, gone)
+        if gone:
+            self.attempts.functions.forget(claim.key, gone)
 
     def _renew(self) -> None:
         while True:
@@ -546,9 +445,19 @@ class Drain:
             except MusetError as error:
                 _log.debug("claims could not be renewed: %s", error)
 
+    @property
+    def is_closing(self) -> bool:
+        """Whether it is to write no more."""
+        return self._closes_at is not None
 
-def _nothing() -> None:
-    pass
+
+def _has_lasting_hub() -> bool:
+    """Whether what is begun here goes on: a native thread of gevent's has a hub for one call."""
+    if not is_patched():
+        return True
+    import gevent
+
+    return bool(gevent.get_hub().main_hub)
 
 
 def _takes_place(newer: Record, older: Record) -> bool:
@@ -568,17 +477,20 @@ def _leading(claim: Claim, writer: Writer) -> list[Record]:
     return picked
 
 
-def _loop(drain_of: "weakref.ref[Drain]", wake: Any) -> None:
+def _loop(drain_of: "weakref.ref[Drain]", wake: Any, ended: Any) -> None:
     """Runs as long as there is the drain, which it does not keep."""
     while True:
         drain = drain_of()
-        if drain is None or drain.is_closed:
+        if drain is None:
             return
         try:
             wait_s = drain.turn()
-        except Exception:
+        except Exception:  # noqa: BLE001 - it is said, and the loop goes on
             _log.exception("write-behind goes on in a moment")
-            wait_s = _POLL_S
+            wait_s = None if drain.is_closing else _POLL_S
+        if wait_s is None:
+            ended.set()
+            return
         del drain
         wake.wait(wait_s)
         wake.clear()

@@ -13,6 +13,7 @@ import flask_caching
 from flask import Flask, Response, has_request_context, request
 
 from flask_muset import context
+from flask_muset.cache_strategies.attempts import Attempts
 from flask_muset.cache_strategies.cache import Cache
 from flask_muset.cache_strategies.codec import Codec
 from flask_muset.cache_strategies.commands import make_commands
@@ -222,15 +223,14 @@ class CacheStrategies(CacheManager):
         if config.require_durable:
             _refuse_risks(journal, redis)
         writers = Writers((self._declared, cache_manager._declared), config.writers)
+        attempts = Attempts(
+            writers, codec, run=partial(_within, app), tell=tell, timeout_s=config.write_timeout_s
+        )
         drain = Drain(
             journal,
-            writers,
-            codec,
-            run=partial(_within, app),
-            tell=tell,
+            attempts,
             publish=partial(_publish, app),
             at_once=config.writes_at_once,
-            timeout_s=config.write_timeout_s,
             exit_s=config.drain_at_exit_s,
         )
         return WriteBehind(
@@ -363,5 +363,4 @@ def _within(app: Flask, run: Callable[[], Any]) -> None:
 
 def _start(behind: WriteBehind) -> None:
     """With the first request, in the process that serves it: what was left is written."""
-    if behind.is_used:
-        behind.start()
+    behind.begin()

@@ -225,8 +225,12 @@ class Journal(Protocol):
         """Forget the records of a key that coalesce, are not claimed and were accepted before."""
         ...
 
+    def is_used(self) -> bool:
+        """Whether anything was ever accepted, as it was a tenth of a second ago at the earliest."""
+        ...
+
     def now(self) -> float:
-        """The journal's clock."""
+        """The journal's clock, as far as it is known while the journal is away; never raises."""
         ...
 
     def beat(self, home: str, /) -> None:
@@ -238,7 +242,7 @@ class Journal(Protocol):
         ...
 
     def dead_letters(self, limit: int = 1000, /, *, after: str = "") -> list[DeadLetter]:
-        """Those that were given up, in the order of when, from behind the one that `after` names."""
+        """Those that were given up, in the order of when; raises ValueError for a wrong `after`."""
         ...
 
     def requeue(self, id: str, /) -> bool:  # noqa: A002 - the field's name

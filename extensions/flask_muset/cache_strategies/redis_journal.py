@@ -23,6 +23,7 @@ The scripts decide. They make the names of what they touch from `w1:`, which a R
 not take. What others have put there is set aside among the dead letters where it stands in the way.
 """
 
+import contextlib
 import logging
 import math
 import re
@@ -36,6 +37,7 @@ from flask_muset.cache_strategies.entry import Entry
 from flask_muset.cache_strategies.journal import Claim, DeadLetter, Failure, Record, State
 from flask_muset.cache_strategies.redis_entries import RedisEntries
 from flask_muset.cache_strategies.tiered_store import TieredStore
+from flask_muset.clock import SYSTEM
 from flask_muset.errors import CacheUnavailable, ConflictError, ExternalServiceError, MusetError
 from flask_muset.locks import give_lock, run_beside
 from flask_muset.redis import GuardedRedis, Script
@@ -44,6 +46,8 @@ __all__ = ["RedisJournal"]
 
 _log = logging.getLogger(__name__)
 
+#: Seconds between two looks at whether the journal is in use.
+_LOOK_S = 0.1
 #: How often a write is sent again after Redis has said that nothing was done.
 _TRIES = 3
 _ERROR_CHARACTERS = 1000
@@ -115,6 +119,8 @@ class RedisJournal:
         self._place = redis.key("w1:")
         self._limits = max_pending, max_pending_bytes
         self._lease_us = round(lease_s * 1e6)
+        self._is_used = False
+        self._look_at = -math.inf
         self._owed = store.owed = _Owed(redis, self._place)
 
     # --- Accepting
@@ -284,15 +290,29 @@ class RedisJournal:
 
     # --- Beside
 
+    def is_used(self) -> bool:
+        """Whether anything was ever accepted; Redis is asked at most ten times a second."""
+        now = SYSTEM.now()
+        if not self._is_used and now >= self._look_at:
+            self._look_at = now + _LOOK_S
+            try:
+                self._is_used = bool(self._redis.execute("EXISTS", self._name("n")))
+            except MusetError as error:
+                _log.debug("whether anything waits is not known: %s", error)
+        return self._is_used
+
     def now(self) -> float:
         """The clock of Redis, later than all that was accepted; it takes a round trip.
 
-        While Redis is away it is this process's own clock, shifted by what both were apart.
+        While Redis is away it is this process's own clock, shifted by what both were apart, if that
+        is known.
         """
         try:
             time, seq = self._all(("TIME",), ("HGET", self._name("n"), "seq"))
         except MusetError:
-            return self.store.now_us() / 1e6
+            with contextlib.suppress(MusetError):
+                return self.store.now_us() / 1e6
+            return SYSTEM.wall()
         return max(_us(time), int(seq or 0) + 1) / 1e6
 
     def beat(self, home: str, /) -> None:

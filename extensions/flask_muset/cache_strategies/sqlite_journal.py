@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -333,7 +334,10 @@ class SqliteJournal:
                 return None
             claim = _claim_of(connection, key, secrets.token_hex(8))
             self._take(connection, [claim], now)
-            return claim
+            sql = "UPDATE totals SET last_seq = MAX(last_seq + 1, ?)"
+            connection.execute(sql, (round(now * 1e6),))
+            (seq,) = connection.execute("SELECT last_seq FROM totals").fetchone()
+            return replace(claim, seq=seq)
 
         return self._write(work, lambda claim: claim and self.settle(claim))
 
@@ -451,6 +455,10 @@ class SqliteJournal:
         return number is not None and self._write(work)
 
     # --- Beside
+
+    def is_used(self) -> bool:
+        """Whether there is a file."""
+        return os.path.exists(self.path)
 
     def now(self) -> float:
         """Unix time as this machine has it."""

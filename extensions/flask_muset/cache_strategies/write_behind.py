@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from flask_muset.cache_strategies.attempts import describe
 from flask_muset.cache_strategies.codec import Codec, Unreadable
-from flask_muset.cache_strategies.drain import Drain, describe
+from flask_muset.cache_strategies.drain import Drain
 from flask_muset.cache_strategies.entry import NEVER, Entry
 from flask_muset.cache_strategies.envelope import unpack
 from flask_muset.cache_strategies.journal import Claim, Journal, Record
@@ -32,8 +33,6 @@ _log = logging.getLogger(__name__)
 #: How long a call waits between two looks at whether it is its turn, at first and at most.
 _SHORTEST_WAIT_S = 0.002
 _LONGEST_WAIT_S = 0.05
-#: Keys that were written while the journal could not be asked, of which it is told later.
-_MOST_OVERTAKEN = 10_000
 
 
 class Gone(Entry):
@@ -73,25 +72,28 @@ class WriteBehind:
         self.journal = journal
         self.writers = writers
         self.drain = drain
+        self.attempts = drain.attempts
         self._codec = codec
         self._tell = tell
         self._delay_s = delay_s
         self._drains = drains
         self._require_durable = require_durable
-        self._has_written = False
-        self._overtaken: dict[str, float] = {}
+        self._is_used = False
         self._risks: list[str] | None = None
         self._warned: set[str] = set()
-        drain.before_claims = self.catch_up
         give_lock(self)
 
     @property
     def is_used(self) -> bool:
-        """Whether something may wait that is to be read and written.
+        """Whether something may wait that is to be read and written."""
+        if not self._is_used:
+            self._is_used = bool(self.writers) or self.journal.is_used()
+        return self._is_used
 
-        An app that has named no writer is looked at from its first write in this process on.
-        """
-        return self._has_written or bool(self.writers)
+    def begin(self) -> None:
+        """Write what was left, in a process that serves."""
+        if self._is_used or self.writers:
+            self.start()
 
     def start(self) -> None:
         """Begin to write what waits, in this process."""
@@ -119,13 +121,12 @@ class WriteBehind:
         Raises:
             CacheUnavailable: It could be lost, and `require_durable` forbids that.
         """
-        self._has_written = True
+        self._is_used = True
         self.start()
         deadline.check()
         try:
-            risks = self._look_at_risks()
+            risks = self._look_at_risks() if writer is not None else []
             if not (risks and self._require_durable):
-                self.catch_up()
                 seq = self._append(key, entry, writer)
         except MusetError as error:
             self._risks = None
@@ -142,22 +143,25 @@ class WriteBehind:
         return True
 
     def _append(self, key: str, entry: Entry | None, writer: Writer | None) -> int | None:
-        if writer is None:
-            return self.journal.append(key, entry, writer=None, delay_s=self._delay_s)
         append = partial(
             self.journal.append,
             key,
             entry,
-            writer=writer.name,
-            coalesces=writer.coalesces,
+            writer=None if writer is None else writer.name,
+            coalesces=writer is None or writer.coalesces,
             delay_s=self._delay_s,
         )
-        if not writer.is_homely:
+        if writer is not None and not writer.is_homely:
             return append()
-        functions, seq = self.drain.functions, None
+        functions, seq = self.attempts.functions, None
+        if writer is not None:
+            # What only this process can write it has to write, and others must know that it lives.
+            self.drain.start()
+            self.drain.beat(first=True)
+            append = partial(append, home=self.drain.home)
         functions.expect(key)
         try:
-            seq = append(home=self.drain.home)
+            seq = append()
         finally:
             functions.arrived(key, seq, writer)
         return seq
@@ -177,7 +181,7 @@ class WriteBehind:
     def next_writer(self, key: str) -> Writer | None:
         """Who writes the last of what waits of a key; None if nothing does."""
         record = self.journal.newest(key)
-        return None if record is None else self.drain.writer_of(record)
+        return None if record is None else self.attempts.writer_of(record)
 
     def write_now(self, key: str, entry: Entry | None, writer: Writer, seq: int) -> None:
         """Write a value to its source in the caller's time.
@@ -193,16 +197,21 @@ class WriteBehind:
         """
         value = None if entry is None else self._codec.decode(entry.payload)
         context = WriteContext(key, seq, f"{key}:{seq}", 1, entry is None)
-        with deadline(self.drain.timeout_s):
+        with deadline(self.attempts.timeout_s):
             writer.write([(value, context)])
         self._tell("write_behind", "through", None)
 
     @contextmanager
-    def turn(self, key: str, *, supersedes: bool) -> Iterator[int]:
+    def turn(self, key: str, writer: Writer | None) -> Iterator[int]:
         """Have a key's turn: nothing older is written after what is written within.
 
-        What waits and does not coalesce is written first. What coalesces is given up once the block
-        has ended well, if that `supersedes` it; else it is written first too.
+        What waits is written first, but for what the block takes the place of: that is given up
+        once the block has ended well.
+
+        Args:
+            key: Which.
+            writer: Who writes within, and takes the place of its own writes if they coalesce. None:
+                of all that coalesce.
 
         Yields:
             The sequence of what is written within.
@@ -213,32 +222,37 @@ class WriteBehind:
         """
         claim = self._hold(key)
         if claim is None:
-            began = SYSTEM.wall()
-            yield round(began * 1e6)
-            self._overtake(key, began)
+            yield from self._out_of_turn(key)
             return
-        written = 0
-        try:
-            while True:
-                for record in _older(claim, supersedes=supersedes):
-                    self.drain.write_here(record)
+        while True:
+            written = 0
+            try:
+                for record in _older(claim, writer):
+                    self.attempts.write_here(record)
                     written = record.seq
                 if claim.is_whole:
-                    break
+                    yield claim.seq
+                    written = claim.records[-1].seq if claim.records else 0
+                    return
+            finally:
                 self.drain.settle(claim, written)
-                rest, written = self._hold(key), 0
-                if rest is None:
-                    raise CacheUnavailable(f"the journal is away, and more of {key!r} waits there")
-                claim = rest
-            yield claim.seq
-            if claim.records:
-                written = claim.records[-1].seq
-        finally:
-            self.drain.settle(claim, written)
+            rest = self._hold(key)
+            if rest is None:
+                raise CacheUnavailable(f"the journal is away, and more of {key!r} waits there")
+            claim = rest
+
+    def _out_of_turn(self, key: str) -> Iterator[int]:
+        """Let a key be written while the journal is away."""
+        began = self.journal.now()
+        yield round(began * 1e6)
+        try:
+            self.journal.supersede(key, began)
+        except MusetError as error:
+            _log.debug("the journal hears later that %r was written: %s", key, error)
 
     def _hold(self, key: str) -> Claim | None:
         """Wait for a key's turn; None if the journal is away."""
-        until, pause_s = SYSTEM.now() + self.drain.timeout_s, _SHORTEST_WAIT_S
+        until, pause_s = SYSTEM.now() + self.attempts.timeout_s, _SHORTEST_WAIT_S
         while True:
             try:
                 claim = self.journal.hold(key)
@@ -252,40 +266,15 @@ class WriteBehind:
             deadline.check()
             if SYSTEM.now() >= until:
                 raise OperationTimeoutError(
-                    f"{key!r} is being written for {self.drain.timeout_s:g} s by somebody else"
+                    f"{key!r} is being written for {self.attempts.timeout_s:g} s by somebody else"
                 )
             SYSTEM.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
 
-    # --- What was written without the journal
-
-    def _overtake(self, key: str, began: float) -> None:
-        """What waits of a key since before this moment must not be written any more."""
-        with self._lock:
-            self._overtaken[key] = began
-            while len(self._overtaken) > _MOST_OVERTAKEN:
-                del self._overtaken[next(iter(self._overtaken))]
-
-    def catch_up(self) -> None:
-        """Tell the journal what was written while it was away, before anything is claimed.
-
-        Raises:
-            MusetError: It is still away.
-        """
-        while self._overtaken:
-            with self._lock:
-                if not self._overtaken:
-                    return
-                key, began = next(iter(self._overtaken.items()))
-            self.journal.supersede(key, began)
-            with self._lock:
-                if self._overtaken.get(key) == began:
-                    del self._overtaken[key]
-
     def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
         """Let a dead letter be written again; whether there was one."""
         is_done = self.journal.requeue(id)
-        self._has_written = True
+        self._is_used = True
         self.start()
         self.drain.wake()
         return is_done
@@ -323,9 +312,12 @@ class WriteBehind:
             return {"unknown": describe(error)}
 
 
-def _older(claim: Claim, *, supersedes: bool) -> tuple[Record, ...]:
-    """What is to be written before something new is."""
-    if not supersedes:
-        return claim.records
-    kept = [index for index, record in enumerate(claim.records) if not record.coalesces]
+def _older(claim: Claim, writer: Writer | None) -> tuple[Record, ...]:
+    """What is to be written before something new of a writer is; None takes the place of all."""
+
+    def gives_way(record: Record) -> bool:
+        is_same = writer is None or (writer.coalesces and record.writer == writer.name)
+        return record.coalesces and is_same
+
+    kept = [index for index, record in enumerate(claim.records) if not gives_way(record)]
     return claim.records[: kept[-1] + 1 if kept else 0] if claim.is_whole else claim.records

@@ -6,15 +6,18 @@ that stands in a journal is ever imported or called.
 """
 
 import asyncio
+import functools
 import importlib
 import inspect
 import logging
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, TypeVar
 
 from flask_muset.cache_strategies.patterns import compile_pattern
+from flask_muset.deadline import deadline
 from flask_muset.locks import refuse_asyncio_under_gevent
 
 __all__ = ["Declarations", "UnknownWriter", "WriteContext", "Writer", "Writers", "takes_context"]
@@ -27,6 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _HOMELY = "~"
 _MAX_ATTEMPTS = 5
 _LARGEST_BATCH = 10_000
+_MOST_WARNINGS = 1000
 _is_name = re.compile(r"[A-Za-z0-9._-]{1,100}").fullmatch
 
 
@@ -151,14 +155,48 @@ def _await(result: Any) -> None:
         raise
 
     async def run() -> None:
-        await result
+        # Nothing cuts a thread off that waits for a loop.
+        async with asyncio.timeout(deadline.remaining()):
+            await result
 
     asyncio.run(run())
 
 
-def _path(fn: Callable[..., Any]) -> str:
-    module, name = getattr(fn, "__module__", None), getattr(fn, "__qualname__", None)
-    return f"{module}:{name}" if module and name else repr(fn)
+def _path(fn: Any) -> str:
+    """Where a function is from. Never its repr: it may show what the function was given."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    named = fn if hasattr(fn, "__qualname__") else type(fn)
+    return f"{named.__module__}:{named.__qualname__}"
+
+
+def _given(fn: Any) -> Any:
+    """What tells functions of one line of code apart: what they were given.
+
+    Objects by their number: those of a function that a record still needs are alive.
+    """
+    fn = inspect.unwrap(fn)
+    if isinstance(fn, functools.partial):
+        given = [_told(one) for one in (*fn.args, *fn.keywords.values())]
+        return _given(fn.func), given, list(fn.keywords)
+    cells = [_told(cell.cell_contents) for cell in _filled(getattr(fn, "__closure__", None))]
+    defaults = [_told(one) for one in getattr(fn, "__defaults__", None) or ()]
+    line = getattr(getattr(fn, "__code__", None), "co_firstlineno", id(fn))
+    return line, id(getattr(fn, "__self__", None)), cells, defaults
+
+
+def _told(value: Any) -> Any:
+    is_plain = type(value) in (str, bytes, int, float, bool, type(None))
+    return (type(value).__name__, value) if is_plain else id(value)
+
+
+def _filled(cells: Any) -> Iterator[Any]:
+    for cell in cells or ():
+        try:
+            cell.cell_contents  # noqa: B018 - raises if there is nothing
+        except ValueError:
+            continue
+        yield cell
 
 
 # --- By name --------------------------------------------------------------------------------------
@@ -263,11 +301,6 @@ class Writers:
     def __bool__(self) -> bool:
         return bool(self._allowed) or any(map(len, self._declared))
 
-    @property
-    def largest_batch(self) -> int:
-        """Most writes that one of them takes at once."""
-        return max((writer.batch or 1 for writer in self), default=1)
-
     def of(self, fn: Callable[..., Any]) -> Writer:
         """The writer that a function is; one that `is_homely` if no journal can refer to it.
 
@@ -283,7 +316,7 @@ class Writers:
         path = _path(fn)
         if path in self._allowed and self._imported(path).fn == fn:
             return self._imported(path)
-        if path not in self._warned:
+        if path not in self._warned and len(self._warned) < _MOST_WARNINGS:
             self._warned.add(path)
             _log.warning(
                 "%s has no name that a journal could refer to: what it has not written when this "
@@ -291,9 +324,9 @@ class Writers:
                 'letters; decorate it with @cache.writer("a.name").',
                 path,
             )
-        # Functions of the same text coalesce, such as those that one line makes again and again.
-        line = getattr(getattr(fn, "__code__", None), "co_firstlineno", "")
-        return Writer(f"{_HOMELY}{path}:{line}", fn)
+        # Those that one line makes of the same things again and again coalesce, others do not.
+        mark = blake2b(repr(_given(fn)).encode("utf-8", "replace"), digest_size=6).hexdigest()
+        return Writer(f"{_HOMELY}{path}:{mark}", fn)
 
     def owner(self, key: str) -> Writer | None:
         """The writer one of whose patterns matches a key."""
@@ -333,7 +366,7 @@ class Writers:
             fn: Any = importlib.import_module(module)
             for part in name.split("."):
                 fn = getattr(fn, part)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a module may raise anything while it is imported
             raise UnknownWriter(f"{path!r} cannot be imported: {error}", is_final=False) from error
         writer = self._referred[path] = Writer(path, fn)
         return writer

@@ -345,6 +345,20 @@ def test_claims_of_a_caller_that_is_cut_off_are_let_go(redis_server, make):
     way.close()
 
 
+def test_many_keys_that_others_have(journal):
+    """More of them than are looked at together keep nobody from what is free behind them."""
+    journal.beat("mine")
+    for number in range(230):
+        put(journal, f"mine{number}", writer="", home="mine")
+    put(journal, "free")
+    for early in (False, True):
+        (claim,), wait_s = journal.claim(1, home="other", early=early)
+        assert claim.key == "free"
+        assert 0 < wait_s <= 10
+        assert journal.settle(claim) is True
+    assert len(journal.claim(1000, home="mine")[0]) == 231
+
+
 # --- When Redis is away ---------------------------------------------------------------------------
 
 
@@ -478,6 +492,17 @@ def test_after_an_outage_nothing_is_claimed_before_all_have_caught_up(redis_serv
             claims = other.claim(9, home="other", early=True)[0]
     assert [claim.key for claim in claims] == ["kept"]
     assert len(journal.store.owed) == 0
+
+
+def test_what_could_not_be_superseded_is_before_anything_is_asked(journal, redis):
+    """Also where the link stays up, and only the caller had no time left."""
+    put(journal, "key")
+    before = journal.now()
+    redis.execute("CLIENT", "PAUSE", 200, "ALL")
+    with deadline(0.05), pytest.raises(OperationTimeoutError):
+        journal.supersede("key", before)
+    assert journal.claim(9, home="me") == ([], None)
+    assert journal.newest("key") is None
 
 
 def test_a_restart_keeps_what_was_accepted(tmp_path, make):

@@ -16,7 +16,6 @@ from flask_muset import CacheStrategies, Metrics, aio
 from flask_muset.cache_strategies import WriteContext, cache_manager
 from flask_muset.deadline import deadline
 from flask_muset.errors import ConflictError, NetworkError, OperationTimeoutError
-from flask_muset.signals import write_behind_measured
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,7 @@ class Shop:
     def attempt(self):
         """Let what waits be tried once, and that come to its end; whether nothing waits."""
         is_done = self.cache.flush(0)
-        while self.behind.drain._running:
+        while self.behind.drain._busy:
             time.sleep(0.001)
         return is_done or self.cache.pending()["pending"] == 0
 
@@ -417,8 +416,9 @@ def test_a_batch_that_fails_is_written_one_by_one(place):
     assert shop.cache.pending()["pending"] == 1
 
 
-def test_functions_without_a_name_take_each_others_place_only_where_they_are_the_same(shop):
+def test_functions_without_a_name_take_each_others_place_only_where_they_are_the_same(place):
     """Two lines that write the same key both write; one line that writes it again, once."""
+    shop = Shop(place, WRITE_DELAY=600)
     for number in range(3):
         shop.cache.write_behind("k", number, lambda value: shop.calls.append(("a", value)), 60)
     shop.cache.write_behind("k", 3, lambda value: shop.calls.append(("b", value)), 60)
@@ -438,9 +438,9 @@ def test_a_cache_that_is_off_still_reads_what_waits(place):
     assert shop.cache.cache_aside("user:1", lambda: "of the source", 60) == "of the source"
 
 
-def test_write_through_has_a_place_in_the_order(shop):
+def test_write_through_has_a_place_in_the_order(place):
     """Its function is told a sequence between those of the writes around it, if it asks."""
-    told = []
+    shop, told = Shop(place, WRITE_DELAY=600), []
     shop.cache.write_behind("usage:1", 1, lambda value, context: told.append(context.seq), 60)
     shop.cache.write_through("usage:1", 2, lambda value, context: told.append(context.seq), 60)
     shop.cache.write_behind("usage:1", 3, lambda value, context: told.append(context.seq), 60)
@@ -543,7 +543,7 @@ def test_without_room_a_hanging_writer_ends_at_the_deadline(place):
 
 def test_a_function_without_a_name_works_while_its_process_lives(place, caplog):
     """It writes; what it leaves goes to the writer of the key's pattern, else to the dead."""
-    shop = Shop(place)
+    shop = Shop(place, WRITE_DELAY=600)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert shop.cache.write_behind("k", 1, lambda value: shop.source.update(k=value), 60)
@@ -552,7 +552,7 @@ def test_a_function_without_a_name_works_while_its_process_lives(place, caplog):
     assert shop.source == {"k": 1}
     shop.cache.write_behind("user:1", "left", lambda value: None, 60)
     shop.cache.write_behind("other", "left", lambda value: None, 60)
-    shop.behind.drain._forked()  # the functions are gone as in a process that was started anew
+    shop.behind.attempts.begin_anew()  # the functions are gone
     shop.attempt()
     assert shop.source == {"k": 1, "user:1": "left"}
     (letter,) = shop.cache.dead_letters()
@@ -739,22 +739,16 @@ def test_the_commands(shop):
 
 def test_how_much_waits_is_told(place):
     """A signal about once a second, which Metrics shows."""
-    shop, events = Shop(place, DRAIN=True), []
+    shop = Shop(place, DRAIN=True)
     Metrics(shop.app)
-
-    def listen(sender, *, event, **_):
-        events.append(event)
-
-    write_behind_measured.connect(listen)
+    client, text = shop.app.test_client(), ""
     shop.errors["user:1"] = 4
     shop.put("user:1", 1)
     end = time.monotonic() + 10
-    while not any(event.pending for event in events):
+    while "muset_write_behind_pending 1.0" not in text:
         assert time.monotonic() < end
-        shop.behind.drain.wake()
         time.sleep(0.05)
-    text = shop.app.test_client().get("/metrics").text
-    assert "muset_write_behind_pending 1.0" in text
+        text = client.get("/metrics").text
     assert 'muset_cache_operations_total{operation="write_behind",status="ok"} 1.0' in text
 
 

@@ -116,7 +116,7 @@ def assert_nothing_is_lost(outcome):
 
 
 @pytest.mark.claim("kill -9 of processes that write behind, SQLite journal: no accepted write lost")
-@pytest.mark.parametrize("most", [10_000, 100])
+@pytest.mark.parametrize("most", [10_000, 30])
 def test_kills_with_sqlite(tmp_path, prove, most):
     """Processes that accept and that write are killed at random moments: the source has all."""
     kills = 1000 if prove.full else 15
@@ -129,16 +129,28 @@ def test_kills_with_sqlite(tmp_path, prove, most):
         killing.wait()
         outcome = killing.write_the_rest()
     report(prove, outcome, kills)
+    prove.figure(f"{most} may wait")
     assert_nothing_is_lost(outcome)
 
 
 @pytest.mark.claim("kill -9 of processes and of Redis, appendfsync always: no accepted write lost")
-@pytest.mark.parametrize("restarts", [pytest.param(False, marks=_full_only), True])
-def test_kills_with_redis(tmp_path, prove, restarts):
+@pytest.mark.parametrize(
+    ("most", "restarts"),
+    [
+        (10_000, True),
+        pytest.param(10_000, False, marks=_full_only),
+        pytest.param(100, True, marks=_full_only),
+    ],
+)
+def test_kills_with_redis(tmp_path, prove, most, restarts):
     """The same with Redis, also while Redis itself is killed and comes back several times."""
     kills, seed = (1000 if prove.full else 15), 2
     server = RedisServer(tmp_path, *_ALWAYS).start()
-    config = {"CACHE_STRATEGIES_REDIS_URL": server.url, "CACHE_STRATEGIES_WRITE_DELAY": 0.02}
+    config = {
+        "CACHE_STRATEGIES_REDIS_URL": server.url,
+        "CACHE_STRATEGIES_MAX_PENDING": most,
+        "CACHE_STRATEGIES_WRITE_DELAY": 0.02,
+    }
     times = 0
     try:
         with Killing(tmp_path, config, kills=kills, seed=seed) as killing:
@@ -150,7 +162,7 @@ def test_kills_with_redis(tmp_path, prove, restarts):
     finally:
         server.kill()
     report(prove, outcome, kills)
-    prove.figure(f"{times} kills of Redis")
+    prove.figure(f"{times} kills of Redis; {most} may wait")
     assert_nothing_is_lost(outcome)
     assert bool(times) == restarts
 
