@@ -165,11 +165,10 @@ class Cache:
         entries = self.store.read_many(keys)
         if self.behind.is_used:
             now = SYSTEM.now()
-            for key in dict.fromkeys(keys):
-                if key not in entries or now >= entries[key].fresh_until:
-                    waiting = self.behind.pending(key)
-                    if waiting is not None:
-                        entries[key] = waiting
+            lost = [
+                k for k in dict.fromkeys(keys) if k not in entries or now >= entries[k].fresh_until
+            ]
+            entries |= self.behind.pending_of(lost)
         return entries
 
     def _value(self, entry: Entry) -> tuple[Any, str]:

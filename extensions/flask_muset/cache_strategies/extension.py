@@ -221,7 +221,7 @@ class CacheStrategies(CacheManager):
     ) -> WriteBehind:
         journal = _journal(app, config, redis, store)
         if config.require_durable:
-            _refuse_risks(journal, redis)
+            _refuse_risks(journal, store, redis)
         writers = Writers((self._declared, cache_manager._declared), config.writers)
         attempts = Attempts(
             writers, codec, run=partial(_within, app), tell=tell, timeout_s=config.write_timeout_s
@@ -279,7 +279,7 @@ def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Stor
     return SqliteJournal(path, store, **limits)
 
 
-def _refuse_risks(journal: Journal, redis: GuardedRedis | None) -> None:
+def _refuse_risks(journal: Journal, store: Store, redis: GuardedRedis | None) -> None:
     """Refuse to start; a Redis that does not answer now is asked before the first write."""
     try:
         risks = journal.risks()
@@ -289,6 +289,7 @@ def _refuse_risks(journal: Journal, redis: GuardedRedis | None) -> None:
     finally:
         if redis is not None:
             redis.close()
+            store.close()
     if risks:
         raise RuntimeError(f"{PREFIX}REQUIRE_DURABLE is set, and: {' '.join(risks)}")
 

@@ -178,6 +178,10 @@ class Journal(Protocol):
         """The last record of a key, claimed or not; None if its source has all."""
         ...
 
+    def waiting(self, keys: Sequence[str], /) -> set[str]:
+        """Those of some keys that have records."""
+        ...
+
     def claim(
         self, limit: int, /, *, home: str, early: bool = False
     ) -> tuple[list[Claim], float | None]:

@@ -131,6 +131,34 @@ class JournalSuite:
         assert journal.state().pending == 1
         assert journal.state().pending_bytes == 0
 
+    def test_what_waits_of_several_keys(self, journal: _Tested, other_journal: _Tested) -> None:
+        """Those that have records, claimed ones too; not those that are only held."""
+        for number in range(0, 3000, 2):
+            _put(journal, f"key{number}")
+        keys = [f"key{number}" for number in range(3000)]
+        journal.hold("key1")
+        journal.claim(5, home="me")
+        assert other_journal.waiting(keys) == set(keys[::2])
+        assert journal.waiting([]) == set()
+
+    def test_whether_it_is_used(self, journal: _Tested, other_journal: _Tested) -> None:
+        """Another process knows within a tenth of a second, and for good."""
+        assert other_journal.is_used() is False
+        _put(journal, "key")
+        self.advance(0.11)
+        assert other_journal.is_used() is True
+
+    def test_a_holder_has_a_place_in_the_order(self, journal: _Tested) -> None:
+        """Its sequence stands between those of all records before and of all after."""
+        before = _put(journal, "key")
+        claim = journal.hold("key")
+        assert claim is not None
+        assert before < claim.seq < (_put(journal, "key") or 0)
+        assert journal.claim(1, home="me", early=True)[0] == []
+        assert journal.settle(claim)
+        (again,), _ = journal.claim(1, home="me", early=True)
+        assert again.seq == 0
+
     def test_sequences_increase(self, journal: _Tested, other_journal: _Tested) -> None:
         """Each is greater than all before, of whatever key, in the same moment and process."""
         seqs = [

@@ -51,6 +51,8 @@ _LOOK_S = 0.1
 #: How often a write is sent again after Redis has said that nothing was done.
 _TRIES = 3
 _ERROR_CHARACTERS = 1000
+#: Keys of one command at most, so that none holds Redis up.
+_AT_ONCE = 1000
 #: Beyond it the numbers of Lua are not exact; it is a moment of the year 2255.
 _LAST_SEQ = 2**53 - 1
 #: Keys whose superseding is remembered while Redis is away.
@@ -182,6 +184,16 @@ class RedisJournal:
         return None
 
     # --- Claims
+
+    def waiting(self, keys: Sequence[str], /) -> set[str]:
+        """Those of some keys that have records; each thousand of them takes a round trip."""
+        self.store.reach()
+        found: set[str] = set()
+        for start in range(0, len(keys), _AT_ONCE):
+            some = keys[start : start + _AT_ONCE]
+            ages = self._redis.execute("ZMSCORE", self._name("age"), *map(_raw, some))
+            found.update(key for key, age in zip(some, ages, strict=True) if age is not None)
+        return found
 
     def claim(
         self, limit: int, /, *, home: str, early: bool = False

@@ -300,6 +300,20 @@ class SqliteJournal:
 
         return self._read(work)
 
+    def waiting(self, keys: Sequence[str], /) -> set[str]:
+        """Those of some keys that have records."""
+
+        def work(connection: sqlite3.Connection) -> set[str]:
+            found: set[str] = set()
+            for start in range(0, len(keys), _GROUP):
+                some = keys[start : start + _GROUP]
+                marks = ", ".join("?" * len(some))
+                sql = f"SELECT DISTINCT key FROM records WHERE key IN ({marks})"
+                found.update(key for (key,) in connection.execute(sql, some))
+            return found
+
+        return self._read(work)
+
     def claim(
         self, limit: int, /, *, home: str, early: bool = False
     ) -> tuple[list[Claim], float | None]:

@@ -625,6 +625,8 @@ class TieredStore(Changing):
         if feed is not None:
             feed.close()
         self._held = {}
+        # A link that is made anew is taken to be up, and tells of no change.
+        self._resume_at = 0.0
         self.memory.clear()
 
     def _forked(self) -> None:

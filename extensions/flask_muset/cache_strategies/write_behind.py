@@ -8,7 +8,7 @@ Until the source has a value the journal answers for it, whatever the cache has 
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -290,6 +290,18 @@ class WriteBehind:
             _log.debug("what waits of %r is not known: %s", key, error)
             self._tell("get", "unavailable", None)
             return None
+
+    def pending_of(self, keys: Sequence[str]) -> dict[str, Entry]:
+        """The same for those of several keys of which something waits."""
+        if not keys:
+            return {}
+        try:
+            found = {key: self.pending(key) for key in self.journal.waiting(keys)}
+        except MusetError as error:
+            _log.debug("what waits of %d keys is not known: %s", len(keys), error)
+            self._tell("get", "unavailable", None)
+            return {}
+        return {key: entry for key, entry in found.items() if entry is not None}
 
     def _entry(self, record: Record) -> Entry | None:
         written_at = SYSTEM.now() - max(0.0, SYSTEM.wall() - record.accepted_at)

@@ -367,6 +367,7 @@ class Writers:
             for part in name.split("."):
                 fn = getattr(fn, part)
         except Exception as error:  # a module may raise anything while it is imported
-            raise UnknownWriter(f"{path!r} cannot be imported: {error}", is_final=False) from error
+            why = f"{type(error).__name__}: {error}"
+            raise UnknownWriter(f"{path!r} cannot be imported: {why}", is_final=False) from error
         writer = self._referred[path] = Writer(path, fn)
         return writer

@@ -3,19 +3,28 @@
 import contextlib
 import json
 import logging
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 
 import pytest
 from flask import Flask
 from patched import run_patched
 from redis_server import RedisServer
 
-from flask_muset import CacheStrategies, Metrics, aio
+from flask_muset import CacheStrategies, ErrorHandler, Metrics, aio
 from flask_muset.cache_strategies import WriteContext, cache_manager
 from flask_muset.deadline import deadline
-from flask_muset.errors import ConflictError, NetworkError, OperationTimeoutError
+from flask_muset.errors import (
+    CacheUnavailable,
+    ConflictError,
+    NetworkError,
+    OperationTimeoutError,
+)
 
 
 @pytest.fixture(scope="module")
@@ -575,8 +584,6 @@ def test_a_planted_reference_is_never_imported(shop):
         "os:system", "antigravity:fly", "subprocess:run"
     }  # fmt: skip
     assert all("CACHE_STRATEGIES_WRITERS" in one["error"] for one in shop.cache.dead_letters())
-    import sys
-
     assert "antigravity" not in sys.modules
 
 
@@ -809,3 +816,281 @@ def test_a_deadline_of_the_caller_is_his_own(shop):
     """Time that is up is said so, not taken for a journal that is away."""
     with pytest.raises(OperationTimeoutError), deadline(0):
         shop.put("user:1", 1)
+
+
+# --- What a writer may do to the drain
+
+
+def test_without_room_another_writers_write_of_the_key_goes_first(place):
+    """A call takes the place of its own writer's writes, not of those of others."""
+    shop = Shop(place, MAX_PENDING=1)
+    shop.cache.writer("first")(lambda value: shop.calls.append(("first", value)))
+
+    @shop.cache.writer("second")
+    def second(value):
+        shop.calls.append(("second", value))
+
+    first = next(writer.fn for writer in shop.behind.writers if writer.name == "first")
+    assert shop.cache.write_behind("k", 1, first, 60)
+    assert shop.cache.write_behind("k", 2, second, 60)
+    assert shop.calls == [("first", 1), ("second", 2)]
+
+
+def test_a_turn_ends_although_the_callers_time_is_up(place):
+    """What was given up for a write that took too long is not written after it."""
+    shop = Shop(place)
+    shop.put("user:1", "older")
+
+    def slow(value):
+        time.sleep(0.1)
+        shop.source["user:1"] = value
+
+    with contextlib.suppress(OperationTimeoutError), deadline(0.05):
+        shop.cache.write_through("user:1", "newer", slow, 60)
+    assert shop.cache.flush(5)
+    assert (shop.source, shop.calls) == ({"user:1": "newer"}, [])
+
+
+def test_a_delete_after_a_function_without_a_name_is_that_functions(place):
+    """It takes the writer of what waits, and finds it."""
+    shop = Shop(place, WRITE_DELAY=600)
+    shop.cache.write_behind("k", 1, lambda value: shop.calls.append(value), 60)
+    assert shop.cache.delete("k")
+    assert shop.cache.flush(5)
+    assert shop.calls == [None]
+    assert shop.cache.dead_letters() == []
+
+
+class Saver:
+    """A writer with a state of its own."""
+
+    def __init__(self):
+        self.saved = []
+
+    def save(self, value):
+        """Keep it."""
+        self.saved.append(value)
+
+
+def test_methods_of_two_objects_are_two_writers(place):
+    """Also where no journal has a name for them."""
+    shop, first, second = Shop(place, WRITE_DELAY=600), Saver(), Saver()
+    shop.cache.write_behind("k", 1, first.save, 60)
+    shop.cache.write_behind("k", 2, second.save, 60)
+    assert shop.cache.flush(5)
+    assert (first.saved, second.saved) == ([1], [2])
+
+
+def test_what_a_function_was_given_is_not_shown(place, caplog):
+    """Neither the log nor the journal has the arguments of a partial function."""
+    import functools
+
+    def save(value, *, password):
+        raise RuntimeError("no")
+
+    shop = Shop(place, WRITE_DELAY=600)
+    with caplog.at_level(logging.DEBUG):
+        shop.cache.write_behind("k", 1, functools.partial(save, password="hunter2"), 60)
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in str(shop.behind.journal.newest("k"))
+
+
+class MuteError(RuntimeError):
+    """An error that has no text."""
+
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def test_an_error_without_a_text_is_one_all_the_same(shop):
+    """It uses up attempts as any other does."""
+
+    @shop.cache.writer("mute", max_attempts=2)
+    def mute(value):
+        raise MuteError
+
+    shop.cache.write_behind("k", 1, mute, 60)
+    for _ in range(3):
+        shop.attempt()
+    (letter,) = shop.cache.dead_letters()
+    assert (letter["error"], letter["attempts"]) == ("MuteError", 2)
+
+
+def test_a_module_that_cannot_be_imported_holds_up_nobody(place, tmp_path, monkeypatch):
+    """Its records wait; the others of the same claim are written."""
+    (tmp_path / "broken_writers.py").write_text("raise KeyError('at import')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    shop = Shop(place, WRITERS=["broken_writers:save"])
+    plant(shop, "a", "broken_writers:save")
+    shop.put("user:1", 1)
+    assert shop.attempt() is False
+    assert shop.source == {"user:1": 1}
+    assert "KeyError" in shop.cache.explain("a")["write_behind"]["error"]
+
+
+def test_a_writer_that_hangs_leaves_places_to_the_others(place):
+    """Other writers are called although it has more to write than there are places."""
+    shop, goes_on = Shop(place, WRITES_AT_ONCE=2), threading.Event()
+
+    @shop.cache.writer("hangs")
+    def hangs(value):
+        goes_on.wait(20)
+
+    for number in range(6):
+        shop.cache.write_behind(f"h{number}", number, hangs, 60)
+    shop.cache.flush(0.05)
+    shop.put("user:1", 1)
+    end = time.monotonic() + 10
+    while shop.source != {"user:1": 1}:
+        assert time.monotonic() < end
+        shop.cache.flush(0.05)
+    goes_on.set()
+    assert shop.cache.flush(10)
+
+
+def test_no_more_keys_are_claimed_than_can_be_written(place):
+    """A writer of batches beside them does not make a slow process take what others could write."""
+    shop, goes_on = Shop(place, WRITES_AT_ONCE=1), threading.Event()
+    shop.cache.writer("many", batch=50)(lambda writes: None)
+
+    @shop.cache.writer("slow")
+    def slow(value):
+        goes_on.wait(20)
+
+    for number in range(20):
+        shop.cache.write_behind(f"s{number}", number, slow, 60)
+    shop.cache.flush(0)
+    others, _ = shop.behind.journal.claim(50, home="other", early=True)
+    assert len(others) == 19
+    goes_on.set()
+
+
+def test_an_error_of_the_apps_own_is_understood(place):
+    """What the app has mapped to an outage kills nothing within a minute."""
+    shop = Shop(place)
+    handler = ErrorHandler(shop.app)
+
+    class DownError(Exception):
+        pass
+
+    handler.map(DownError, NetworkError)
+
+    @shop.cache.writer("down", max_attempts=1)
+    def down(value):
+        raise DownError
+
+    shop.cache.write_behind("k", 1, down, 60)
+    for _ in range(3):
+        shop.attempt()
+    assert shop.cache.dead_letters() == []
+
+
+def test_coroutines_have_the_time_of_an_attempt(place):
+    """One that hangs is cut off, and fails."""
+    import asyncio
+
+    shop = Shop(place, WRITE_TIMEOUT=0.05)
+
+    @shop.cache.writer("hangs")
+    async def hangs(value):
+        await asyncio.sleep(20)
+
+    shop.cache.write_behind("k", 1, hangs, 60)
+    assert shop.attempt() is False
+    assert shop.cache.explain("k")["write_behind"]["attempts"] == 1
+
+
+def test_a_plain_key_can_be_deleted_although_nothing_is_durable(tmp_path):
+    """Refusing to write behind is no reason not to forget."""
+    server = RedisServer(tmp_path)
+    shop = Shop({"REDIS_URL": server.url, "REQUIRE_DURABLE": True, "REDIS_BUDGET": 1.0})
+    server.start()
+    try:
+        end = time.monotonic() + 10
+        while not shop.cache.set("page", 1):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert shop.cache.delete("page") is True
+        with pytest.raises(CacheUnavailable, match="nothing is written behind"):
+            shop.put("user:1", 1)
+    finally:
+        server.kill()
+
+
+_TIMEOUTS = """
+import sys
+from flask import Flask
+from flask_muset import CacheStrategies
+
+app = Flask("timeouts")
+app.config.update(json.loads(sys.argv[1]))
+cache = CacheStrategies(app)
+
+@cache.writer("slow")
+def slow(value):
+    with gevent.Timeout(0.01):
+        gevent.sleep(1)
+
+cache.write_behind("k", 1, slow, 60)
+for _ in range(3):
+    cache.flush(0.1)
+told = cache.explain("k")["write_behind"]
+result = told["attempts"], told["error"].split(":")[0]
+"""
+
+
+def test_a_timeout_of_gevents_is_a_failure(place):
+    """Although it is no Exception: it uses up an attempt, and the next one comes later."""
+    config = {f"CACHE_STRATEGIES_{name}": value for name, value in place.items()}
+    config["CACHE_STRATEGIES_DRAIN"] = False
+    assert run_patched(_TIMEOUTS, json.dumps(config)) == [3, "Timeout"]
+
+
+_ENDING = """
+import sys, json, time
+from flask import Flask
+from flask_muset import CacheStrategies
+
+app = Flask("ending")
+app.config.update(json.loads(sys.argv[1]))
+cache = CacheStrategies(app)
+
+@cache.writer("save")
+def save(value):
+    if value == "hang":
+        time.sleep(600)
+    with open(sys.argv[2], "a") as file:
+        file.write(f"{value}\\n")
+
+for value in sys.argv[3:]:
+    assert cache.write_behind(value, value, save, 60)
+"""
+
+
+@pytest.mark.parametrize("first", ["", "from gevent import monkey; monkey.patch_all()\n"])
+def test_the_end_of_a_process(tmp_path, first):
+    """It writes what it can in its time; one that hangs does not keep it, and nothing is lost."""
+    place = {"JOURNAL_PATH": str(tmp_path / "journal.db"), "WRITE_DELAY": 60, "DRAIN_AT_EXIT": 1}
+    config = json.dumps({f"CACHE_STRATEGIES_{name}": value for name, value in place.items()})
+    values = [*map(str, range(20)), "hang"]
+    run = partial(subprocess.run, check=True, timeout=60)
+    written = tmp_path / "written"
+    run([sys.executable, "-W", "error", "-c", first + _ENDING, config, written, *values])
+    shop, seen = Shop({**place, "WRITE_DELAY": 0}), set(written.read_text().split())
+    assert seen == set(values[:-1])
+    assert shop.behind.journal.newest("hang") is not None
+    assert shop.cache.pending()["pending"] == 1
+
+
+def test_forked_children_drain_for_themselves(tmp_path):
+    """An app that was used before a fork drains in each child."""
+    shop = Shop({"JOURNAL_PATH": str(tmp_path / "journal.db")}, DRAIN=True, WRITE_DELAY=600)
+    shop.put("user:1", "of the parent")
+    child = os.fork()
+    if not child:
+        is_done = shop.cache.flush(10) and shop.put("user:2", "of the child")
+        shop.behind.drain.close(10)
+        os._exit(0 if is_done and set(shop.source) == {"user:1", "user:2"} else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert shop.cache.flush(10)
+    assert shop.source == {}
