@@ -136,7 +136,7 @@ class Drain:
             if closes_at is not None:
                 self._finish(closes_at)
                 return None
-            claimed, due_s = self._fill(early=False)
+            claimed, due_s, _ = self._fill(early=False)
             self._tell_state()
             self._is_away = False
         except MusetError as error:
@@ -188,8 +188,8 @@ class Drain:
         """
         until, early, seen = SYSTEM.now() + timeout_s, True, set[str]()
         while True:
-            claimed, due_s = self._fill(early=early, until=None if beside else until)
-            early = early and seen.isdisjoint(claimed)
+            claimed, due_s, is_all = self._fill(early=early, until=None if beside else until)
+            early = early and not is_all and seen.isdisjoint(claimed)
             seen.update(claimed)
             is_idle = not claimed and not self._busy
             if is_idle and self._journal.state().pending == 0:
@@ -226,19 +226,24 @@ class Drain:
 
     # --- Claiming
 
-    def _fill(self, *, early: bool, until: float | None = None) -> tuple[list[str], float | None]:
+    def _fill(
+        self, *, early: bool, until: float | None = None
+    ) -> tuple[list[str], float | None, bool]:
         """Claim as many keys as there is room for, and let them be written.
 
         Args:
             early: Whether also those that are not due.
             until: Write them here, up to this moment; None for beside.
+
+        Returns:
+            The keys; the seconds until others are due, None for never; whether these were all.
         """
         free = self._at_once - self._busy
         if free <= 0:
-            return [], None
+            return [], None, False
         claims: list[Claim] = []
         try:
-            due_s = self._claim(claims, free, early=early)
+            due_s, is_all = self._claim(claims, free, early=early)
             jobs = self._grouped(claims)
         except BaseException:
             for claim in claims:
@@ -252,10 +257,15 @@ class Drain:
         else:
             for _ in jobs[:free]:
                 self._spawn()
-        return [claim.key for job in jobs[:free] for claim in job.claims], due_s
+        keys = [claim.key for job in jobs[:free] for claim in job.claims]
+        return keys, due_s, is_all and len(jobs) <= free
 
-    def _claim(self, claims: list[Claim], free: int, *, early: bool) -> float | None:
-        """Claim keys into a list, for a writer of batches more than one; when others are due."""
+    def _claim(self, claims: list[Claim], free: int, *, early: bool) -> tuple[float | None, bool]:
+        """Claim keys into a list, for a writer of batches more than one.
+
+        Returns:
+            When others are due, and whether there are no more.
+        """
         wanted = free
         while True:
             found, due_s = self._journal.claim(wanted, home=self.home, early=early)
@@ -263,7 +273,7 @@ class Drain:
             self.keep(found)
             largest = max((self._batch_of(claim) for claim in claims), default=1)
             if len(found) < wanted or wanted > free or largest <= len(claims):
-                return due_s
+                return due_s, len(found) < wanted
             # Once more, and more than there are places: one of them takes these all.
             wanted = max(largest - len(claims), free + 1)
 
