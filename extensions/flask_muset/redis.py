@@ -39,11 +39,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from hiredis import pack_command
 from redis.connection import Connection, parse_url
 from redis.exceptions import (
     AuthenticationError,
     BusyLoadingError,
     ClusterDownError,
+    DataError,
     NoScriptError,
     RedisError,
     ResponseError,
@@ -147,7 +149,7 @@ class GuardedRedis:
         self.budget_s = budget_s
         self.prefix = prefix
         self._make = _maker(url)
-        #: Never connected: it packs commands and describes itself.
+        #: Never connected: it describes itself and packs pipelines.
         self._model = self._make()
         #: Is told of each call: its seconds, and `ok` or the name of the error's class.
         self.on_call: Callable[[float, str], None] | None = None
@@ -192,7 +194,7 @@ class GuardedRedis:
             MusetError: It failed; see the head of this module.
             redis.exceptions.DataError: A word has another type.
         """
-        return self._call(self._model.pack_command(*command), _Call.read, self.budget_s)
+        return self._call(_pack(*command), _Call.read, self.budget_s)
 
     def pipeline(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Send commands at once, without a transaction.
@@ -236,16 +238,16 @@ class GuardedRedis:
         """
         if isinstance(script, str):
             script = Script(script)
-        source, pack, words = script.source, self._model.pack_command, (len(keys), *keys, *args)
+        source, words = script.source, (len(keys), *keys, *args)
 
         def read(call: _Call) -> Any:
             try:
                 return call.read()
             except NoScriptError:
-                call.send(pack("EVAL", source, *words))
+                call.send(_pack("EVAL", source, *words))
             return call.read()
 
-        return self._call(pack("EVALSHA", script.sha, *words), read, self.budget_s)
+        return self._call(_pack("EVALSHA", script.sha, *words), read, self.budget_s)
 
     def check(self, timeout_s: float) -> None:
         """Return if Redis answers; for a health probe.
@@ -256,7 +258,7 @@ class GuardedRedis:
         Raises:
             MusetError: It does not answer, or it is known to be away.
         """
-        self._call(self._model.pack_command("PING"), _Call.read, timeout_s)
+        self._call(_pack("PING"), _Call.read, timeout_s)
 
     def dedicated(self, *, timeout_s: float | None = None) -> Any:
         """Make a connection of the caller's own, for pub/sub or for reading a stream.
@@ -321,6 +323,16 @@ class GuardedRedis:
         self._inherited, self._link = self._link, None
         if self._inherited is not None:
             self._inherited.abandon()
+
+
+def _pack(*words: Any) -> list[bytes]:
+    """A command as it is sent; redis-py's way there takes three times as long."""
+    if isinstance(words[0], str) and " " in words[0]:
+        words = (*words[0].split(), *words[1:])  # SCRIPT FLUSH
+    try:
+        return [pack_command(words)]
+    except TypeError as error:
+        raise DataError(str(error)) from None
 
 
 def _maker(url: str) -> Callable[..., Any]:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import delete, select, text
+from sqlalchemy import select, text
 
 from muset.adapters.sqlite import Database
 from muset.models import Preferences, User
@@ -40,10 +40,15 @@ class SqlitePreferenceStore:
 
     def put(self, user_id: int, preferences: Mapping[str, Any], seq: int) -> None:
         """Keep them, unless those that are there have a sequence that is not smaller."""
-        values = {"user_id": user_id, "data": json.dumps(preferences), "seq": seq}
-        self._database.write(lambda c: c.execute(_PUT, values))
+        self._put(user_id, json.dumps(preferences), seq)
 
     def delete(self, user_id: int, seq: int) -> None:
-        """Forget them, unless they have a sequence that is not smaller."""
-        change = delete(Preferences).where(Preferences.user_id == user_id, Preferences.seq < seq)
-        self._database.write(lambda c: c.execute(change))
+        """Forget them, unless they have a sequence that is not smaller.
+
+        The row stays with its sequence: without it an older write that comes again would be taken.
+        """
+        self._put(user_id, None, seq)
+
+    def _put(self, user_id: int, data: str | None, seq: int) -> None:
+        values = {"user_id": user_id, "data": data, "seq": seq}
+        self._database.write(lambda c: c.execute(_PUT, values))

@@ -77,7 +77,7 @@ class Passage(Base):
 
 
 class Preferences(Base):
-    """What a user likes, as the text of a JSON object.
+    """What a user likes, as the text of a JSON object; NULL where that was deleted.
 
     `seq` is the sequence of the write that this is: an older one that comes late is refused by it.
     """
@@ -87,7 +87,7 @@ class Preferences(Base):
     user_id: Mapped[int] = mapped_column(
         ForeignKey("users.id", ondelete="CASCADE"), primary_key=True
     )
-    data: Mapped[str] = mapped_column(Text)
+    data: Mapped[str | None] = mapped_column(Text)
     seq: Mapped[int] = mapped_column(BigInteger)
 
 

@@ -27,7 +27,7 @@ def rows(services):
     """The table, by user."""
     with sqlite3.connect(services.database._url.removeprefix("sqlite:///")) as connection:
         found = connection.execute("SELECT user_id, data FROM preferences").fetchall()
-    return {user_id: json.loads(data) for user_id, data in found}
+    return {user_id: data and json.loads(data) for user_id, data in found}
 
 
 def flush(app):
@@ -157,8 +157,12 @@ def test_older_writes_do_not_undo_newer_ones(services, member):
     assert store.get(user_id) == {"n": 5}
     store.put(user_id, {"n": 6}, 6)
     assert store.get(user_id) == {"n": 6}
-    store.delete(user_id, 7)
-    assert (store.get(user_id), rows(services)) == ({}, {})
+    for seq in (8, 7, 8):
+        store.delete(user_id, seq)
+    store.put(user_id, {"n": "old"}, 7)
+    assert (store.get(user_id), rows(services)) == ({}, {user_id: None})
+    store.put(user_id, {"n": 9}, 9)
+    assert store.get(user_id) == {"n": 9}
 
 
 def test_without_a_journal_nothing_is_accepted(app, client, services, settings, member, me):

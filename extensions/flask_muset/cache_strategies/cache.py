@@ -1,5 +1,6 @@
 """The cache of one app: values by key, in a store, through a codec."""
 
+import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,7 +13,7 @@ from flask_muset.cache_strategies.keys import check_key
 from flask_muset.cache_strategies.loading import Answer, Loader, LoadOptions, Outcome
 from flask_muset.cache_strategies.patterns import compile_pattern
 from flask_muset.cache_strategies.stores import Store, Tell
-from flask_muset.cache_strategies.write_behind import Gone, WriteBehind
+from flask_muset.cache_strategies.write_behind import Gone, OutOfTurn, WriteBehind
 from flask_muset.cache_strategies.writers import WriteContext, Writer, takes_context
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
@@ -20,6 +21,8 @@ from flask_muset.errors import NotFoundError
 from flask_muset.signals import cache_operated
 
 __all__ = ["Cache", "check_tags"]
+
+_log = logging.getLogger(__name__)
 
 
 def check_tags(tags: Iterable[str]) -> tuple[str, ...]:
@@ -221,8 +224,8 @@ class Cache:
         writer = writer or self.behind.next_writer(key)
         if writer is None:
             return None
-        self._through(key, partial(self.behind.write_now, key, None, writer), _none, writer)
-        return True
+        write = partial(self.behind.write_now, key, None, writer)
+        return self._through_instead(key, write, _none, writer)
 
     def invalidate(self, key: str) -> bool:
         """Forget a key in the cache alone."""
@@ -359,8 +362,23 @@ class Cache:
         self._loader.detach(key)
         if is_accepted is None:
             write = partial(self.behind.write_now, key, entry, writer)
-            self._through(key, write, lambda: entry, writer)
-        return is_accepted is not False
+            return self._through_instead(key, write, lambda: entry, writer)
+        return is_accepted
+
+    def _through_instead(
+        self,
+        key: str,
+        write: Callable[[int], None],
+        made: Callable[[], Entry | None],
+        writer: Writer,
+    ) -> bool:
+        """Write now what there is no room for; whether the source has it."""
+        try:
+            self._through(key, write, made, writer)
+        except OutOfTurn as error:
+            _log.debug("%r was not written: %s", key, error)
+            return False
+        return True
 
     def _through(
         self,

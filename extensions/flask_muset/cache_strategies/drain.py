@@ -95,6 +95,8 @@ class Drain:
         self._running: dict[str, int] = {}
         self._busy = 0
         self._held: dict[str, Claim] = {}
+        #: For each flush that goes on the keys that have failed since it began.
+        self._flushes: list[set[str]] = []
         self._is_renewing = self._is_started = self._is_away = False
         self._closes_at: float | None = None
         self._next_beat = self._next_state = 0.0
@@ -186,11 +188,19 @@ class Drain:
         Raises:
             MusetError: The journal cannot be reached.
         """
-        until, early, seen = SYSTEM.now() + timeout_s, True, set[str]()
+        failed: set[str] = set()
+        self._flushes.append(failed)
+        try:
+            return self._flush(SYSTEM.now() + timeout_s, failed, beside=beside)
+        finally:
+            self._flushes.remove(failed)
+
+    def _flush(self, until: float, failed: set[str], *, beside: bool) -> bool:
+        early = True
         while True:
             claimed, due_s, is_all = self._fill(early=early, until=None if beside else until)
-            early = early and not is_all and seen.isdisjoint(claimed)
-            seen.update(claimed)
+            # Once to each key before its time: one that has failed since waits for it.
+            early = early and not is_all and failed.isdisjoint(claimed)
             is_idle = not claimed and not self._busy
             if is_idle and self._journal.state().pending == 0:
                 return True
@@ -382,8 +392,8 @@ class Drain:
         written, failure = 0, None
         try:
             for record, newer in zip(claim.records, (*claim.records[1:], None), strict=True):
-                if written and record.home not in ("", self.home):
-                    break  # it is left to its home, as the first one of a key is
+                if written and (record.home not in ("", self.home) or self._is_late()):
+                    break  # it is left to its home, as the first one of a key is, or to the next
                 if newer is None or not _takes_place(newer, record):
                     failure = self.attempts.write(record)
                 if failure is not None:
@@ -438,6 +448,9 @@ class Drain:
         if not is_held:
             _log.warning("the claim of %r had ended, it may be written again", claim.key)
             return
+        if failure is not None and failure.counts:
+            for failed in self._flushes:
+                failed.add(claim.key)
         gone = written if failure is None or not failure.is_final else failure.seq
         if gone:
             self.attempts.functions.forget(claim.key, gone)
@@ -454,6 +467,10 @@ class Drain:
                 self._journal.renew(list(self._held.values()))
             except MusetError as error:
                 _log.debug("claims could not be renewed: %s", error)
+
+    def _is_late(self) -> bool:
+        """Whether the process ought to have ended."""
+        return self._closes_at is not None and SYSTEM.now() >= self._closes_at
 
     @property
     def is_closing(self) -> bool:

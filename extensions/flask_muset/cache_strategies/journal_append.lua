@@ -12,9 +12,13 @@ local now = time[1] * 1000000 + time[2]
 local text = string.format('%.0f', now)
 if now > tonumber(late) then return {text, 'late'} end
 local stream, facts = place .. 's:' .. key, place .. 'k:' .. key
-local newest = pcall('XREVRANGE', stream, '+', '-', 'COUNT', 1)
-local list = pcall('HGETALL', facts)
-if newest.err or list.err then return {text, 'garbled'} end
+local newest, list, held = {}, {}, false
+-- Most keys have none of these.
+if call('EXISTS', stream, facts, KEYS[2]) > 0 then
+  newest, list = pcall('XREVRANGE', stream, '+', '-', 'COUNT', 1), pcall('HGETALL', facts)
+  if newest.err or list.err then return {text, 'garbled'} end
+  held = call('GET', KEYS[2])
+end
 local last, old, known, digits = newest[1], {}, {}, nil
 if last then
   digits = string.match(last[1], '^%d+')
@@ -40,7 +44,6 @@ local seq, moment = math.max(now, (counts[1] or 0) + 1, (digits or 0) + 1), text
 if seq >= 2 ^ 53 then return {moment, 'garbled'} end
 if seq > now then text = string.format('%.0f', seq) end
 local since = replaces and (old.a or digits) or text
-local held = call('GET', KEYS[2])
 -- The first write: where it is refused, for want of memory or of order, nothing has changed.
 local added = pcall('XADD', stream, text .. '-0', 'w', writer, 'c', joins, 'h', home, 'a', since,
   'd', data)
@@ -57,7 +60,6 @@ else
 end
 call('HSET', place .. 'n', 'seq', text, 'pending', pending, 'bytes', bytes + #data)
 call('ZADD', place .. 'due', 'NX', now + delay, key)
-call('ZADD', place .. 'age', 'NX', since, key)
 if home ~= (old.h or '') and (not last or (replaces and call('XLEN', stream) == 1)) then
   call('HSET', place .. 'bound', key, home)
 end

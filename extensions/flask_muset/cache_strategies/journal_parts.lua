@@ -114,6 +114,7 @@ local function take(key, token, now, ends)
     }
   end
   redis.call('HSET', facts(key), 'token', token, 'ends', ends, 'ids', table.concat(ids))
+  if records[1] then redis.call('ZADD', AGE, tonumber(records[1].a) or records[1].seq, key) end
   return {key, token, is_whole and 1 or 0, told}, #records, size
 end
 
@@ -147,7 +148,7 @@ local function tidy(key, now)
   if not first then
     clear(key, now)
     -- Records that others have put in were never counted: here the count is right again.
-    if redis.call('EXISTS', AGE) == 0 then redis.call('HDEL', COUNTS, 'pending', 'bytes') end
+    if redis.call('EXISTS', DUE) == 0 then redis.call('HDEL', COUNTS, 'pending', 'bytes') end
     return false
   end
   local record = named(first[2])

@@ -9,7 +9,7 @@ Below the deployment's prefix and the format's version, `w1:`:
               attempts of a record, its first failure and its error; x<writer> the sequence that
               supersedes older dead letters; dead the number of these
     due       a sorted set: when each key is due; one that is claimed, when the claim ends
-    age       a sorted set: the sequence of what waits longest of each key
+    age       a sorted set: the sequence of what waits longest of each key that was claimed once
     bound     a hash: the home of each key whose oldest record has one
     homes     a sorted set: until when each home is alive
     n         a hash: the last sequence, how many records wait, and the bytes of their data
@@ -75,7 +75,7 @@ _APPEND = Script(_text_of("append"))
 _BEAT, _CLAIM, _DROP, _HOLD = _script("beat"), _script("claim"), _script("drop"), _script("hold")
 _LETTERS, _MEND, _RELEASE = _script("letters"), _script("mend"), _script("release")
 _RENEW, _REQUEUE, _SETTLE = _script("renew"), _script("requeue"), _script("settle")
-_SUPERSEDE = _script("supersede")
+_STATE, _SUPERSEDE = _script("state"), _script("supersede")
 
 
 class RedisJournal:
@@ -191,8 +191,8 @@ class RedisJournal:
         found: set[str] = set()
         for start in range(0, len(keys), _AT_ONCE):
             some = keys[start : start + _AT_ONCE]
-            ages = self._redis.execute("ZMSCORE", self._name("age"), *map(_raw, some))
-            found.update(key for key, age in zip(some, ages, strict=True) if age is not None)
+            counts = self._all(*(("EXISTS", self._name("s:", key)) for key in some))
+            found.update(key for key, count in zip(some, counts, strict=True) if count)
         return found
 
     def claim(
@@ -333,27 +333,22 @@ class RedisJournal:
 
     def state(self) -> State:
         """How much there is."""
-        counts, oldest, dead, time = self._all(
-            ("HMGET", self._name("n"), "pending", "bytes"),
-            ("ZRANGE", self._name("age"), 0, 0, "WITHSCORES"),
-            ("XLEN", self._name("dead")),
-            ("TIME",),
-        )
-        pending, size = (max(0, int(number or 0)) for number in counts)
-        return State(pending, size, _age_s(oldest[1] if oldest else None, time), dead)
+        pending, size, since, dead, now = self._run(_STATE)
+        oldest_s = max(0.0, (int(now) - _whole(since or now)) / 1e6)
+        return State(_whole(pending), _whole(size), oldest_s, dead)
 
     def explain(self, key: str, /) -> dict[str, Any]:
         """What waits of a key, for people."""
-        pending, since, time, first, facts = self._all(
+        pending, time, first, facts = self._all(
             ("XLEN", self._name("s:", key)),
-            ("ZSCORE", self._name("age"), _raw(key)),
             ("TIME",),
             ("XRANGE", self._name("s:", key), "-", "+", "COUNT", 1),
             ("HGETALL", self._name("k:", key)),
         )
         seq = first[0][0].partition(b"-")[0] if first else b""
         attempts, _, error = _failures(_named(facts).get(b"f" + seq, b""))
-        oldest_s = _age_s(since, time)
+        since = _whole(_named(first[0][1]).get(b"a", b"")) or _whole(seq) if first else 0
+        oldest_s = max(0.0, (_us(time) - since) / 1e6) if since else 0.0
         return {"pending": pending, "oldest_s": oldest_s, "attempts": attempts, "error": error}
 
     def risks(self) -> list[str]:
@@ -477,10 +472,6 @@ def _us(time: Sequence[bytes]) -> int:
     return int(time[0]) * 1_000_000 + int(time[1])
 
 
-def _age_s(since: bytes | None, time: Sequence[bytes]) -> float:
-    return 0.0 if since is None else max(0.0, (_us(time) - float(since)) / 1e6)
-
-
 def _whole(word: bytes) -> int:
     """A number that others may have written: 0 if it is none."""
     return int(word) if word.isdigit() and len(word) < 20 else 0
@@ -593,8 +584,8 @@ _UNKNOWN = (
 )
 _FSYNC = {
     "everysec": (
-        "If the machine of Redis fails, up to two seconds of what was accepted are lost, as "
-        "appendfsync is everysec; CONFIG SET appendfsync always."
+        "If Redis or its machine fails, up to two seconds of what was accepted are lost, more if "
+        "its disk takes longer to sync, as appendfsync is everysec; CONFIG SET appendfsync always."
     ),
     "no": (
         "If the machine of Redis fails, what its kernel has not written is lost, half a minute or "

@@ -26,13 +26,17 @@ from flask_muset.deadline import deadline
 from flask_muset.errors import CacheUnavailable, MusetError, OperationTimeoutError
 from flask_muset.locks import give_lock
 
-__all__ = ["Gone", "WriteBehind"]
+__all__ = ["Gone", "OutOfTurn", "WriteBehind"]
 
 _log = logging.getLogger(__name__)
 
 #: How long a call waits between two looks at whether it is its turn, at first and at most.
 _SHORTEST_WAIT_S = 0.002
 _LONGEST_WAIT_S = 0.05
+
+
+class OutOfTurn(CacheUnavailable):
+    """There is no room, and nobody can tell what waits: nothing was written."""
 
 
 class Gone(Entry):
@@ -218,10 +222,14 @@ class WriteBehind:
 
         Raises:
             OperationTimeoutError: Somebody else has had the key's turn for too long.
+            OutOfTurn: The journal is away, and what waits there has to go first.
             Exception: What a writer of something older has raised.
         """
         claim = self._hold(key)
         if claim is None:
+            if writer is not None and not writer.coalesces:
+                # An entry of a ledger does not make up for those before it.
+                raise OutOfTurn(f"the journal is away, and may have more of {key!r}")
             yield from self._out_of_turn(key)
             return
         while True:
@@ -238,7 +246,7 @@ class WriteBehind:
                 self.drain.settle(claim, written)
             rest = self._hold(key)
             if rest is None:
-                raise CacheUnavailable(f"the journal is away, and more of {key!r} waits there")
+                raise OutOfTurn(f"the journal is away, and has more of {key!r}")
             claim = rest
 
     def _out_of_turn(self, key: str) -> Iterator[int]:

@@ -16,7 +16,7 @@ def upgrade() -> None:
             sa.ForeignKey("users.id", ondelete="CASCADE"),
             primary_key=True,
         ),
-        sa.Column("data", sa.Text, nullable=False),
+        sa.Column("data", sa.Text),
         sa.Column("seq", sa.BigInteger, nullable=False),
     )
     op.create_table(

@@ -11,6 +11,7 @@ import pytest
 from patched import run_patched
 from redis_server import RedisServer, SlowWay
 
+from flask_muset import redis as client
 from flask_muset.cache_strategies.entry import Entry
 from flask_muset.cache_strategies.envelope import unpack
 from flask_muset.cache_strategies.journal import Failure, State
@@ -187,15 +188,13 @@ def names(redis):
 # --- What is asked and what is left ---------------------------------------------------------------
 
 
-def test_a_write_is_one_round_trip(journal, redis):
+def test_a_write_is_one_round_trip(journal, monkeypatch):
     """Record, cache and message of a write are one script, in which its data is sent once."""
     put(journal, "first")
     put(journal, "first")
-    sent = []
-    pack = journal._redis._model.pack_command
-    journal._redis._model.pack_command = lambda *words: sent.append(words) or pack(*words)
+    sent, pack = [], client._pack
+    monkeypatch.setattr(client, "_pack", lambda *words: sent.append(words) or pack(*words))
     put(journal, "key", b"p" * 300)
-    journal._redis._model.pack_command = pack
     (words,) = sent
     assert words[0] == "EVALSHA"
     assert sum(b"ppp" in word for word in words if isinstance(word, bytes)) == 1

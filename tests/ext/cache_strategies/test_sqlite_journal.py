@@ -868,39 +868,6 @@ def test_a_fork_under_gevent(greenlets):
     assert greenlets["fork"] == [0, 3, True]
 
 
-@pytest.mark.claim("SQLite journal, 64 greenlets of one process, each write synced: >= 3,000/s")
-@pytest.mark.full_only
-def test_how_many_writes_a_second(tmp_path, prove):
-    """Writes of 200 bytes are accepted fast enough, and the hub never stops for 20 ms."""
-    code = """
-bench, gaps, is_over = Bench(str(os.getpid())), [], False
-
-def tick():
-    while not is_over:
-        start = time.perf_counter()
-        gevent.sleep(0.001)
-        gaps.append(time.perf_counter() - start)
-
-def work(number):
-    for turn in range(300):
-        bench.put(f"{number}:{turn}")
-
-ticking = gevent.spawn(tick)
-start = time.perf_counter()
-gevent.joinall([gevent.spawn(work, number) for number in range(64)], raise_error=True)
-rate = 64 * 300 / (time.perf_counter() - start)
-is_over = True
-ticking.join()
-result = [rate, max(gaps) * 1000]
-"""
-    rounds = [run_patched(_COMMON + code, tmp_path) for _ in range(3)]
-    # What else runs on the machine only makes a stop longer.
-    rate, longest_ms = min(rounds, key=lambda found: found[1])
-    prove.figure(f"{rate:,.0f}/s, longest stop of the hub {longest_ms:.1f} ms")
-    assert rate >= 3000
-    assert longest_ms < 20
-
-
 # --- Risks ----------------------------------------------------------------------------------------
 
 _MOUNTS = r"""

@@ -124,6 +124,9 @@ def test_a_write_is_accepted_now_and_written_later(shop):
     }  # fmt: skip
 
 
+@pytest.mark.claim(
+    "An entry evicted while dirty still reads as written, cache_aside asks no source"
+)
 def test_what_the_cache_has_lost_reads_as_written(shop):
     """An entry that was evicted is still there for everybody, until its source has it."""
     shop.put("user:1", "new")
@@ -136,6 +139,9 @@ def test_what_the_cache_has_lost_reads_as_written(shop):
     assert shop.cache.cache_aside("user:1", lambda: "of the source", 60) == "of the source"
 
 
+@pytest.mark.claim(
+    "An entry expired while dirty still reads as written, cache_aside asks no source"
+)
 def test_what_has_expired_reads_as_written(shop):
     """The time of an entry does not run out before its source has it."""
     shop.put("user:1", "new", expire=0.02)
@@ -146,6 +152,7 @@ def test_what_has_expired_reads_as_written(shop):
     assert shop.cache.get("user:1") is None
 
 
+@pytest.mark.claim("A delete that waits reads as absent, cache_aside asks no source")
 def test_a_delete_that_waits_reads_as_absent(shop):
     """Nobody asks the source, which still has it; then the writer is told of the delete."""
     shop.source["user:1"] = "old"
@@ -270,6 +277,9 @@ def test_write_through_does_not_go_out_of_turn(place):
     assert written == []
 
 
+@pytest.mark.claim(
+    "10,000 interleaved puts and deletes, 20 % errors: all end right, poison is a dead letter"
+)
 def test_interleaved_puts_and_deletes_end_right(place, prove):
     """With 20 % errors each key ends at its last value; one that always fails is a dead letter."""
     check_interleaved(place, prove, 10_000 if prove.full else 600)
@@ -461,6 +471,9 @@ def test_write_through_has_a_place_in_the_order(place):
 # --- No room
 
 
+@pytest.mark.claim(
+    "Limit of 100, call 101 writes itself in place of what its key has waiting, none refused"
+)
 def test_without_room_the_caller_writes(place):
     """Nothing is refused: call 101 writes itself, in place of what its key has waiting."""
     shop = Shop(place, MAX_PENDING=100)
@@ -478,6 +491,7 @@ def test_without_room_the_caller_writes(place):
     assert len(shop.source) == 101
 
 
+@pytest.mark.claim("Limit of 100, call 101 of a ledger writes what is older first")
 def test_without_room_older_entries_of_a_ledger_go_first(place):
     """Call 101 of a key that does not coalesce writes the hundred before it, then its own."""
     shop = Shop(place, MAX_PENDING=100)
@@ -536,6 +550,7 @@ result["again"] = cache.write_behind("b", 3, hang, 60)
 """
 
 
+@pytest.mark.claim("Limit reached and the writer hangs: 504 at the deadline, nothing half done")
 def test_without_room_a_hanging_writer_ends_at_the_deadline(place):
     """With 504, nothing half done: what waits still waits and nobody holds the key."""
     place = {f"CACHE_STRATEGIES_{k}": v for k, v in place.items()}
@@ -550,6 +565,7 @@ def test_without_room_a_hanging_writer_ends_at_the_deadline(place):
 # --- Who writes
 
 
+@pytest.mark.claim("A lambda after a restart: the writer of its pattern, else a dead letter")
 def test_a_function_without_a_name_works_while_its_process_lives(place, caplog):
     """It writes; what it leaves goes to the writer of the key's pattern, else to the dead."""
     shop = Shop(place, WRITE_DELAY=600)
@@ -575,6 +591,7 @@ def plant(shop, key, writer):
     shop.behind.journal.append(key, entry, writer=writer)
 
 
+@pytest.mark.claim("A planted reference is never imported, it is a dead letter")
 def test_a_planted_reference_is_never_imported(shop):
     """What the configuration does not allow is a dead letter, whatever it is."""
     for key, writer in {"a": "os:system", "b": "antigravity:fly", "c": "subprocess:run"}.items():
