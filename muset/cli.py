@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import click
+from alembic.util import CommandError
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_muset import Resilience
@@ -63,6 +64,11 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             return _fail("; ".join(entries) or error.message or error.user_message)
         except SQLAlchemyError as error:
             return _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
+        except CommandError as error:
+            return _fail(
+                f"the schema of the database is unknown here ({error}); run the newer Muset that "
+                "has made it, or restore a backup from before."
+            )
         except OSError as error:
             return _fail(str(error))
 

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 has it, in and out."""
+"""JSON that is read as RFC 8259 has it."""
 
 import math
 from typing import Any, NoReturn

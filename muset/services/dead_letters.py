@@ -5,20 +5,22 @@ from datetime import UTC, datetime
 from typing import Any, Literal
 
 from flask_muset.errors import NotFoundError, ValidationError
-from muset.ports import Journal
+from muset.ports import Cache
 
 __all__ = ["DeadLetterService"]
+
+_PAGE = 1000
 
 
 class DeadLetterService:
     """Lists them, has them written again, or forgets them.
 
     Args:
-        journal: Where they are.
+        cache: Whose writes they are.
     """
 
-    def __init__(self, journal: Journal) -> None:
-        self._journal = journal
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
 
     def list(self, limit: int, after: str = "") -> tuple[Sequence[Mapping[str, Any]], str | None]:
         """A page of them, the first one first, and the id to go on after, None at the end.
@@ -32,7 +34,7 @@ class DeadLetterService:
             CacheUnavailable: The journal is away.
         """
         try:
-            found = self._journal.dead_letters(limit + 1, after=after)
+            found = self._cache.dead_letters(limit + 1, after=after)
         except ValueError:
             raise ValidationError("is no id of a dead letter", field="cursor") from None
         items = [_with_dates(letter) for letter in found[:limit]]
@@ -41,18 +43,33 @@ class DeadLetterService:
     def settle(self, letter_id: str, action: Literal["requeue", "drop"]) -> None:
         """Have one written again, at its old place in the order, or forget it.
 
+        From then on its key is read as the journal and the source have it.
+
         Raises:
             NotFoundError: There is none with this id.
             ConflictError: A newer write has superseded it, so it can only be dropped.
             CacheUnavailable: The journal is away.
         """
-        do = self._journal.requeue if action == "requeue" else self._journal.drop
-        if not do(letter_id):
+        key = self._key_of(letter_id)
+        do = self._cache.requeue if action == "requeue" else self._cache.drop
+        if key is None or not do(letter_id):
             raise NotFoundError(
                 f"no dead letter has the id {letter_id!r}",
                 resource_type="dead letter",
                 details={"id": letter_id},
             )
+        # It may have kept what the source had meanwhile, or a value that is now dropped.
+        self._cache.invalidate(key)
+
+    def _key_of(self, letter_id: str) -> str | None:
+        """Most are settled in their order, so the first page has it."""
+        after = ""
+        while found := self._cache.dead_letters(_PAGE, after=after):
+            for letter in found:
+                if letter["id"] == letter_id:
+                    return str(letter["key"])
+            after = found[-1]["id"]
+        return None
 
 
 def _with_dates(letter: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -39,6 +41,19 @@ def test_keys(run):
     assert run("keys", "create", "--user", "nobody", "--role", "admin").exit_code == 1
     bad = run("keys", "create", "--user", "a@b.c", "--role", "admin", "--expires", "soon")
     assert bad.exit_code == 2
+
+
+def test_the_database_of_a_newer_version_is_left_alone(run, tmp_path):
+    """One line that says so, and the schema is what it was."""
+    assert run("db", "upgrade").exit_code == 0
+    with closing(sqlite3.connect(tmp_path / "data" / "muset.db", isolation_level=None)) as there:
+        there.execute("UPDATE alembic_version SET version_num = '9999'")
+        for command in (("db", "upgrade"), ("keys", "list"), ("cache", "flush"), ("serve",)):
+            refused = run(*command)
+            assert (refused.exit_code, refused.output.count("\n")) == (1, 1), command
+            assert "9999" in refused.output
+            assert "newer Muset" in refused.output
+        assert there.execute("SELECT * FROM alembic_version").fetchall() == [("9999",)]
 
 
 def test_ingest_and_ask(run, tmp_path):

@@ -139,6 +139,36 @@ def test_pages_of_dead_letters(client, admin, give_up):
     assert len(letters) == 5
 
 
+@pytest.mark.parametrize(("action", "read"), [("requeue", {"of": "a"}), ("drop", {"by": "source"})])
+def test_what_was_settled_is_read_at_once(
+    app, client, services, admin, give_up, store, action, read
+):
+    """Whatever the cache has kept meanwhile: the source's old value, or one that is dropped."""
+    (url,), (letter,) = give_up("a")
+    user_id = int(url.split("/")[4])
+    if action == "requeue":
+        with app.app_context():
+            cache_manager.invalidate(f"preferences:{user_id}")
+        assert client.get(url, headers=admin).json == {}
+    else:
+        store.put(user_id, {"by": "source"}, 1)
+        assert client.get(url, headers=admin).json == {"of": "a"}
+    assert settle(client, admin, letter["id"], action=action).status_code == 200
+    for _ in range(2):
+        assert client.get(url, headers=admin).json == read
+        assert flush(app)
+    assert kept(services) == [read]
+
+
+def test_one_behind_many_is_found(client, admin, give_up, monkeypatch):
+    """The letter that is settled may be on any page; those before it stay."""
+    monkeypatch.setattr("muset.services.dead_letters._PAGE", 2)
+    _, letters = give_up(*"abcde")
+    assert settle(client, admin, letters[4]["id"], action="drop").status_code == 200
+    assert settle(client, admin, letters[4]["id"], action="drop").status_code == 404
+    assert client.get(LETTERS, headers=admin).json["items"] == letters[:4]
+
+
 def test_who_may_and_what_is_refused(client, admin, member):
     """Members get 403; an unknown id is 404, an unknown action and a wrong page are 422."""
     assert client.get(LETTERS, headers=member).status_code == 403

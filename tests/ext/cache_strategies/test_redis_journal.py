@@ -11,7 +11,7 @@ import pytest
 from patched import run_patched
 from redis_server import RedisServer, SlowWay
 
-from flask_muset import redis as client
+from flask_muset import redis as guarded
 from flask_muset.cache_strategies.entry import Entry
 from flask_muset.cache_strategies.envelope import unpack
 from flask_muset.cache_strategies.journal import Failure, State
@@ -192,8 +192,8 @@ def test_a_write_is_one_round_trip(journal, monkeypatch):
     """Record, cache and message of a write are one script, in which its data is sent once."""
     put(journal, "first")
     put(journal, "first")
-    sent, pack = [], client._pack
-    monkeypatch.setattr(client, "_pack", lambda *words: sent.append(words) or pack(*words))
+    sent, pack = [], guarded._pack
+    monkeypatch.setattr(guarded, "_pack", lambda *words: sent.append(words) or pack(*words))
     put(journal, "key", b"p" * 300)
     (words,) = sent
     assert words[0] == "EVALSHA"
