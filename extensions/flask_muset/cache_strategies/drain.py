@@ -8,7 +8,9 @@ itself and holds up nobody else.
 import atexit
 import contextvars
 import logging
+import os
 import secrets
+import threading
 import time
 import weakref
 from collections import deque
@@ -31,8 +33,13 @@ _log = logging.getLogger(__name__)
 _POLL_S = 1.0
 #: For a key that is due and was not to be had.
 _MOMENT_S = 0.02
-#: For a key whose writer has all the places that it may have.
-_CROWDED_S = 0.25
+#: Where all that is due is for writers that have all the places that they may have: how long until
+#: the next look, how many keys it takes, and how long these wait, so that others come before them.
+_CROWDED_S = 0.1
+_CROWDED_AGAIN_S = 1.0
+_WIDE = 32
+#: Between two tries to settle a claim.
+_AGAIN_S = 0.5
 #: How much longer than it may write the end of a process waits for the loop.
 _SLACK_S = 0.5
 
@@ -97,7 +104,9 @@ class Drain:
         self._held: dict[str, Claim] = {}
         #: For each flush that goes on the keys that have failed since it began.
         self._flushes: list[set[str]] = []
-        self._is_renewing = self._is_started = self._is_away = False
+        #: Claims that the journal could not be told the end of.
+        self._unsettled: dict[str, partial[None]] = {}
+        self._is_renewing = self._is_started = self._is_away = self._is_crowded = False
         self._closes_at: float | None = None
         self._next_beat = self._next_state = 0.0
         self._wake: Any = None
@@ -133,24 +142,28 @@ class Drain:
 
     def turn(self) -> float | None:
         """Claim what is due; the seconds until the next look, None if there will be none."""
-        closes_at = self._closes_at
+        closes_at, due_s = self._closes_at, None
+        self.keep(())
         try:
             if closes_at is not None:
                 self._finish(closes_at)
                 return None
-            claimed, due_s, _ = self._fill(early=False)
             self._tell_state()
+            claimed, due_s, _ = self._fill(early=False, is_wide=self._is_crowded)
             self._is_away = False
         except MusetError as error:
             if not self._is_away:
                 self._is_away = True
                 _log.warning("the journal of write-behind cannot be read: %s", error)
             return None if closes_at is not None else _POLL_S
+        if self._is_crowded:
+            return _CROWDED_S
         if claimed and self._busy < self._at_once:
             return 0.0
         return _POLL_S if due_s is None else min(max(due_s, _MOMENT_S), _POLL_S)
 
     def _tell_state(self) -> None:
+        # First of all: without a sign of life others give up what only this process can write.
         self.beat()
         now = SYSTEM.now()
         if now >= self._next_state:
@@ -213,7 +226,7 @@ class Drain:
     def _wait(self, left_s: float, due_s: float | None) -> None:
         """Until a writer of this process may have ended, or something is due."""
         if self._busy:
-            time.sleep(min(left_s, 0.005))
+            time.sleep(min(left_s, _CROWDED_S if self._is_crowded else 0.005))
         else:
             SYSTEM.sleep(min(left_s, 0.05 if due_s is None else max(due_s, 0.001), _POLL_S))
 
@@ -229,21 +242,25 @@ class Drain:
 
     def _finish(self, closes_at: float) -> None:
         left_s = closes_at - SYSTEM.now()
-        if left_s > 0:
-            # Late in the life of a process no thread can be started.
-            self.flush(left_s, beside=is_patched())
-        self._give_back(list(self._jobs))
+        try:
+            if left_s > 0:
+                # Late in the life of a process no thread can be started.
+                self.flush(left_s, beside=is_patched())
+        finally:
+            while self._jobs:
+                self._give_back([self._jobs.popleft()])
 
     # --- Claiming
 
     def _fill(
-        self, *, early: bool, until: float | None = None
+        self, *, early: bool, until: float | None = None, is_wide: bool = False
     ) -> tuple[list[str], float | None, bool]:
         """Claim as many keys as there is room for, and let them be written.
 
         Args:
             early: Whether also those that are not due.
             until: Write them here, up to this moment; None for beside.
+            is_wide: Whether to look at more keys than there is room for.
 
         Returns:
             The keys; the seconds until others are due, None for never; whether these were all.
@@ -253,8 +270,8 @@ class Drain:
             return [], None, False
         claims: list[Claim] = []
         try:
-            due_s, is_all = self._claim(claims, free, early=early)
-            jobs = self._grouped(claims)
+            due_s, is_all = self._claim(claims, max(free, _WIDE) if is_wide else free, early=early)
+            jobs, crowded = self._sorted_out(self._grouped(claims))
         except BaseException:
             for claim in claims:
                 self.settle(claim)
@@ -262,6 +279,8 @@ class Drain:
         # A batch takes the records of several keys, of which some were another writer's.
         self._jobs.extend(jobs[:free])
         self._give_back(jobs[free:])
+        self._give_back(crowded, _CROWDED_AGAIN_S)
+        self._is_crowded = bool(crowded) and not jobs
         if until is not None:
             self._work(until)
         else:
@@ -269,6 +288,23 @@ class Drain:
                 self._spawn()
         keys = [claim.key for job in jobs[:free] for claim in job.claims]
         return keys, due_s, is_all and len(jobs) <= free
+
+    def _sorted_out(self, jobs: list[_Job]) -> tuple[list[_Job], list[_Job]]:
+        """Those that may be done now, and those whose writers have all their places."""
+        has = {**self._running}
+        for job in list(self._jobs):
+            has[job.name] = has.get(job.name, 0) + 1
+        now: list[_Job] = []
+        later: list[_Job] = []
+        for job in jobs:
+            has[job.name] = has.get(job.name, 0) + 1
+            (now if has[job.name] <= self._most_of_one() else later).append(job)
+        return now, later
+
+    def _most_of_one(self) -> int:
+        """How many places a writer may have; one that hangs must leave some to the others."""
+        is_only = sum(1 for _ in self.attempts.writers) < 2
+        return self._at_once if is_only else max(1, self._at_once - 1)
 
     def _claim(self, claims: list[Claim], free: int, *, early: bool) -> tuple[float | None, bool]:
         """Claim keys into a list, for a writer of batches more than one.
@@ -356,25 +392,15 @@ class Drain:
                 job = self._jobs.popleft()
             except IndexError:
                 return
-            if not self._enter(job):
-                self._give_back([job], _CROWDED_S)
-                continue
+            with self._lock:
+                self._running[job.name] = self._running.get(job.name, 0) + 1
             try:
                 self._carry_out(job)
             finally:
                 with self._lock:
                     self._running[job.name] -= 1
-
-    def _enter(self, job: _Job) -> bool:
-        """Take one of a writer's places; one that hangs must leave some to the others."""
-        is_only = sum(1 for _ in self.attempts.writers) < 2
-        most = self._at_once if is_only else max(1, self._at_once - 1)
-        with self._lock:
-            has = self._running.get(job.name, 0)
-            if has >= most:
-                return False
-            self._running[job.name] = has + 1
-        return True
+                    if not self._running[job.name]:
+                        del self._running[job.name]
 
     def _carry_out(self, job: _Job) -> None:
         left = list(job.claims)
@@ -415,6 +441,8 @@ class Drain:
         """Let claims last until they are settled."""
         for claim in claims:
             self._held[claim.token] = claim
+        if not _has_lasting_hub():
+            return  # the loop's next turn sees to it
         with self._lock:
             if self._is_renewing or not self._held:
                 return
@@ -426,25 +454,47 @@ class Drain:
             self._is_renewing = False
             _log.debug("claims are not renewed: %s", error)
 
-    def settle(self, claim: Claim, written: int = 0, failure: Failure | None = None) -> None:
-        """End a claim; one that cannot be settled ends by itself, and is written again."""
-        self._held.pop(claim.token, None)
+    def settle(
+        self,
+        claim: Claim,
+        written: int = 0,
+        failure: Failure | None = None,
+        supersedes: str | None = None,
+    ) -> None:
+        """End a claim; while the journal cannot be told, the claim is kept and told again.
+
+        Args:
+            claim: Which.
+            written: See `Journal.settle`, as for the others.
+            failure: See there.
+            supersedes: See there.
+        """
+        end = partial(self._settle, claim, written, failure, supersedes)
         try:
             # Without the caller's deadline, which may be up.
-            contextvars.Context().run(self._settle, claim, written, failure)
+            contextvars.Context().run(end)
         except Exception:  # noqa: BLE001 - it is said, and the claim ends by itself
+            self._held.pop(claim.token, None)
             _log.exception("%r may be written again, its claim was not settled", claim.key)
         except BaseException:
             # Cut off in the middle. Once more, where whoever cuts this one off cannot reach it.
-            run_beside(partial(self._settle, claim, written, failure), name="write-behind-claims")
+            run_beside(end, name="write-behind-claims")
             raise
 
-    def _settle(self, claim: Claim, written: int, failure: Failure | None) -> None:
+    def _settle(
+        self, claim: Claim, written: int, failure: Failure | None, supersedes: str | None
+    ) -> None:
         try:
-            is_held = self._journal.settle(claim, written=written, failure=failure)
+            is_held = self._journal.settle(
+                claim, written=written, failure=failure, supersedes=supersedes
+            )
         except MusetError as error:
-            _log.warning("%r may be written again, its claim was not settled: %s", claim.key, error)
+            _log.debug("the claim of %r is settled later: %s", claim.key, error)
+            end = partial(self._settle, claim, written, failure, supersedes)
+            self._unsettled[claim.token] = end
+            self.keep([claim])
             return
+        self._held.pop(claim.token, None)
         if not is_held:
             _log.warning("the claim of %r had ended, it may be written again", claim.key)
             return
@@ -456,17 +506,29 @@ class Drain:
             self.attempts.functions.forget(claim.key, gone)
 
     def _renew(self) -> None:
-        while True:
-            # Real time, whatever a test has made of the clock.
-            time.sleep(self._pause_s)
-            with self._lock:
-                if not self._held:
-                    self._is_renewing = False
-                    return
-            try:
-                self._journal.renew(list(self._held.values()))
-            except MusetError as error:
-                _log.debug("claims could not be renewed: %s", error)
+        renewed_at = time.monotonic()
+        try:
+            while True:
+                # Real time, whatever a test has made of the clock.
+                time.sleep(min(_AGAIN_S, self._pause_s))
+                for token in list(self._unsettled):
+                    self._unsettled.pop(token)()
+                with self._lock:
+                    if not self._held:
+                        self._is_renewing = False
+                        return
+                if time.monotonic() >= renewed_at + self._pause_s:
+                    renewed_at = time.monotonic()
+                    self._renew_all()
+        except BaseException:
+            self._is_renewing = False
+            raise
+
+    def _renew_all(self) -> None:
+        try:
+            self._journal.renew(list(self._held.values()))
+        except MusetError as error:
+            _log.debug("claims could not be renewed: %s", error)
 
     def _is_late(self) -> bool:
         """Whether the process ought to have ended."""
@@ -482,9 +544,11 @@ def _has_lasting_hub() -> bool:
     """Whether what is begun here goes on: a native thread of gevent's has a hub for one call."""
     if not is_patched():
         return True
-    import gevent
+    from gevent._hub_local import get_hub_if_exists
 
-    return bool(gevent.get_hub().main_hub)
+    hub = get_hub_if_exists()
+    # Of the main thread before it has waited for anything: its number is the process's on Linux.
+    return threading.get_native_id() == os.getpid() if hub is None else bool(hub.main_hub)
 
 
 def _takes_place(newer: Record, older: Record) -> bool:

@@ -81,7 +81,8 @@ class Failure:
         error: Its description, for people; at most 1,000 characters are kept.
         is_final: Whether it becomes a dead letter.
         pause_s: Seconds until its key is due again, where it is tried again.
-        counts: Whether this was one of its attempts.
+        counts: Whether this was one of its attempts; if not, `error` may be empty, which leaves the
+            last one, and it has not failed first now.
     """
 
     seq: int
@@ -212,13 +213,24 @@ class Journal(Protocol):
         """Let claims last as long again as they did at first."""
         ...
 
-    def settle(self, claim: Claim, /, *, written: int = 0, failure: Failure | None = None) -> bool:
+    def settle(
+        self,
+        claim: Claim,
+        /,
+        *,
+        written: int = 0,
+        failure: Failure | None = None,
+        supersedes: str | None = None,
+    ) -> bool:
         """End a claim; what is left of its key is due at once, or when the failure says.
 
         Args:
             claim: That `claim` or `hold` gave.
             written: Those of its records whose sequence is not greater are done with.
             failure: Of the next one.
+            supersedes: Name of the writer whose newer value the holder has written itself, empty
+                for a value that stands for all writers': dead letters of the key by that writer
+                that coalesce and are older than `claim.seq` become superseded.
 
         Returns:
             Whether it was still held. If not, nothing has changed.
@@ -226,7 +238,10 @@ class Journal(Protocol):
         ...
 
     def supersede(self, key: str, before: float, /) -> None:
-        """Forget the records of a key that coalesce, are not claimed and were accepted before."""
+        """Forget the records of a key that coalesce and were accepted before a moment.
+
+        Those that are claimed are forgotten when their claim ends, unless they were written.
+        """
         ...
 
     def is_used(self) -> bool:

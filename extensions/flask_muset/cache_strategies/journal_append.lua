@@ -30,7 +30,9 @@ if joins == '?' then
   writer, joins, home = old.w, old.c or '0', old.h or ''
 end
 local replaces = old.d and old.c == '1' and joins == '1' and old.w == writer
-if replaces and known.token and (tonumber(known.ends) or 0) > now then
+local ends = replaces and known.token and tonumber(known.ends) or 0
+-- As `is_held` has it.
+if ends > now and ends <= now + 2 * (tonumber(known.lease) or 0) then
   replaces = not string.find(known.ids or '', ' ' .. digits .. ':', 1, true)
 end
 local counts = call('HMGET', place .. 'n', 'seq', 'pending', 'bytes')
@@ -58,7 +60,8 @@ if replaces then
 else
   pending = pending + 1
 end
-call('HSET', place .. 'n', 'seq', text, 'pending', pending, 'bytes', bytes + #data)
+call('HSET', place .. 'n', 'seq', text, 'pending', pending, 'bytes', bytes + #data,
+  'wait', delay)
 call('ZADD', place .. 'due', 'NX', now + delay, key)
 if home ~= (old.h or '') and (not last or (replaces and call('XLEN', stream) == 1)) then
   call('HSET', place .. 'bound', key, home)

@@ -1098,6 +1098,7 @@ class _Kept:
     coalesces: bool
     attempts: int = 0
     token: str = ""
+    is_superseded: bool = False
 
     @property
     def size(self) -> int:
@@ -1169,6 +1170,7 @@ class _Model:
         key, records = claim.key, self.of(claim.key)
         del self.tokens[key]
         records[:] = [kept for kept in records if not (kept.token and kept.seq <= written)]
+        records[:] = [kept for kept in records if not kept.is_superseded]
         for kept in list(records):
             kept.token = ""
             if failure is not None and kept.seq == failure.seq:
@@ -1188,6 +1190,8 @@ class _Model:
 
     def supersede(self, key: str) -> None:
         self.of(key)[:] = [kept for kept in self.of(key) if kept.token or not kept.coalesces]
+        for kept in self.of(key):
+            kept.is_superseded = kept.coalesces
 
     def requeue(self, dead: _Dead) -> None:
         self.dead.remove(dead)

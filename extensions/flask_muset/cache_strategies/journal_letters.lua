@@ -5,10 +5,7 @@ while left > 0 and size < MOST_BYTES do
   local page = redis.call('XRANGE', DEAD, from, '+', 'COUNT', math.min(left, 10))
   for _, entry in ipairs(page) do
     local letter = named(entry[2])
-    local newer = redis.pcall('HGET', facts(letter.k or ''), 'x' .. (letter.w or ''))
-    local seq = tonumber(letter.q) or 0
-    local is_superseded = type(newer) == 'string' and (tonumber(newer) or 0) > seq
-    found[#found + 1] = {entry[1], entry[2], is_superseded and 1 or 0}
+    found[#found + 1] = {entry[1], entry[2], is_superseded(letter) and 1 or 0}
     size = size + #(letter.d or '')
     from = '(' .. entry[1]
   end

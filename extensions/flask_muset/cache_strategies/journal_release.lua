@@ -6,7 +6,8 @@ begin()
 for _, key in ipairs(keys) do
   local state = known(key)
   if is_held(state, now) and string.sub(state.token, 1, #prefix) == prefix then
-    redis.call('HDEL', facts(key), 'token', 'ends', 'ids')
+    forget_gone(key, state)
+    let_go(key)
     if tidy(key, now) then redis.call('ZADD', DUE, now, key) end
   end
 end

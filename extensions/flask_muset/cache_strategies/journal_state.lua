@@ -1,15 +1,33 @@
 -- How much there is.  ARGV: place.
 -- Returns the records, their bytes, when the oldest was accepted or nothing, the dead letters, and the
 -- microseconds of now.
-local counts = redis.call('HMGET', COUNTS, 'pending', 'bytes')
-local oldest = redis.call('ZRANGE', AGE, 0, 0, 'WITHSCORES')[2]
--- Keys that nobody has claimed yet have no age; of these the ones that are due first are the oldest.
-for _, key in ipairs(redis.call('ZRANGE', DUE, 0, 19)) do
-  local first = redis.pcall('XRANGE', stream(key), '-', '+', 'COUNT', 1)[1]
-  local since = first and tonumber(named(first[2]).a or string.match(first[1], '^%d+'))
-  if since and (not oldest or since < tonumber(oldest)) then
-    oldest = string.format('%.0f', since)
-  end
+local counts, now = redis.call('HMGET', COUNTS, 'pending', 'bytes', 'wait'), clock()
+local oldest = tonumber(redis.call('ZRANGE', AGE, 0, 0, 'WITHSCORES')[2])
+local wait, from, page = tonumber(counts[3]) or 0, 0, nil
+
+local function waits_unclaimed(key)
+  if redis.call('ZSCORE', AGE, key) or redis.call('EXISTS', stream(key)) == 0 then return false end
+  local claim = redis.pcall('HMGET', facts(key), 'token', 'ends', 'lease')
+  return not is_held({token = claim[1], ends = claim[2], lease = claim[3]}, now)
 end
-return {counts[1] or '0', counts[2] or '0', oldest or '', redis.call('XLEN', DEAD),
-  string.format('%.0f', clock())}
+
+-- Keys that nobody has claimed yet have no age; of these the one that is due first is the oldest, and
+-- was accepted the delay of a write before. Nothing has to be read for that, which may be large.
+local function look(page)
+  for index = 1, #page, 2 do
+    local since = page[index + 1] - wait
+    if since >= (oldest or now) then return true end
+    if waits_unclaimed(page[index]) then
+      oldest = since
+      return true
+    end
+  end
+  return #page < 200
+end
+
+repeat
+  page = redis.call('ZRANGE', DUE, from, from + 99, 'WITHSCORES')
+  from = from + 100
+until look(page) or from == 1000
+return {counts[1] or '0', counts[2] or '0', oldest and string.format('%.0f', oldest) or '',
+  redis.call('XLEN', DEAD), string.format('%.0f', now)}

@@ -1,21 +1,31 @@
--- Forget the records of a key that coalesce, are not claimed and were accepted before a moment.
--- ARGV: place, name, microseconds of the moment.
-local key = ARGV[2]
-local entries = redis.pcall('XRANGE', stream(key), '-', '(' .. ARGV[3] .. '-0')
-if entries.err or #entries == 0 then return 0 end
-local now, state = clock(), known(key)
-local ids, removed, bytes = is_held(state, now) and state.ids or '', 0, 0
-begin()
-for _, entry in ipairs(entries) do
+-- Forget the records of a key that coalesce and were accepted before a moment: some of them, those that
+-- are claimed when their claim ends.
+-- ARGV: place, name, microseconds of the moment, the id behind which to begin or nothing.
+-- Returns the id behind which there may be more, or nothing.
+local now, key = clock(), ARGV[2]
+local state = known(key)
+local claimed, gone, ids, names = is_held(state, now) and state.ids, state.gone or '', {}, {}
+local looked, size, bytes, last = 0, 0, 0, false
+walk(stream(key), ARGV[4] == '' and '-' or '(' .. ARGV[4], '(' .. ARGV[3] .. '-0', function(entry)
   local record = record_of(entry)
-  if record and record.c == '1' and not string.find(ids, ' ' .. record.seq .. ':', 1, true) then
-    redis.call('XDEL', stream(key), entry[1])
-    redis.call('HDEL', facts(key), 'f' .. record.seq)
-    removed, bytes = removed + 1, bytes + #record.d
+  if record and record.c == '1' then
+    if not has(claimed, record.seq) then
+      ids[#ids + 1], names[#names + 1] = entry[1], 'f' .. record.seq
+      bytes = bytes + #record.d
+    elseif not has(gone, record.seq) then
+      gone = gone .. ' ' .. record.seq .. ':'
+    end
   end
-end
-if removed > 0 then
-  count(0 - removed, 0 - bytes)
+  looked, size = looked + 1, size + (record and #record.d or 0)
+  last = (size >= MOST_BYTES or looked == 1000) and entry[1]
+  return not last
+end)
+begin()
+if gone ~= (state.gone or '') then redis.call('HSET', facts(key), 'gone', gone) end
+if ids[1] then
+  redis.call('XDEL', stream(key), unpack(ids))
+  redis.call('HDEL', facts(key), unpack(names))
+  count(0 - #ids, 0 - bytes)
   tidy(key, now)
 end
-return removed
+return last or ''

@@ -5,14 +5,18 @@ Below the deployment's prefix and the format's version, `w1:`:
     s:<key>   a stream, the records of a key: its ids are `<sequence>-0`, so that Redis itself
               refuses what is out of order; w writer, c coalesces, h home, a the sequence of what it
               has taken the place of, d data
-    k:<key>   a hash, what else is known of a key: token, ends and ids of its claim; f<sequence> the
-              attempts of a record, its first failure and its error; x<writer> the sequence that
-              supersedes older dead letters; dead the number of these
+    m:<key>   a stream that is moved, within a script
+    k:<key>   a hash, what else is known of a key: token, ends, lease and ids of its claim, and gone,
+              those of them that were superseded since; f<sequence> the attempts of a record, its
+              first failure and its error; x<writer> the sequence that supersedes older dead letters,
+              y<writer> and y the one that supersedes those that coalesce; dead the number of these
     due       a sorted set: when each key is due; one that is claimed, when the claim ends
-    age       a sorted set: the sequence of what waits longest of each key that was claimed once
+    age       a sorted set: the sequence of what waits longest of each key that was claimed once; of
+              the others `due` and n tell it
     bound     a hash: the home of each key whose oldest record has one
     homes     a sorted set: until when each home is alive
-    n         a hash: the last sequence, how many records wait, and the bytes of their data
+    n         a hash: the last sequence, how many records wait, the bytes of their data, and wait,
+              the delay of the last one
     dead      a stream, the dead letters: k key, q sequence, w, c, h, d, n attempts, f and l moments
               of the first and last failure, e error; what could not be read has no d
 
@@ -200,8 +204,9 @@ class RedisJournal:
     ) -> tuple[list[Claim], float | None]:
         """Claim keys that are due; see `Journal`.
 
-        A claim has at most 100 records, and all of one call have about 1 MiB of data, one large
-        record aside.
+        A claim has at most 100 records, and all of one call have at most 1 MiB of data, one large
+        record aside. The 1,000 keys that are due first are looked at: where all of these are left
+        to homes that are alive, the others are claimed when they are gone.
         """
         self.store.reach()
         token = secrets.token_hex(8)
@@ -239,9 +244,18 @@ class RedisJournal:
             words = [word for claim in claims for word in (_raw(claim.key), claim.token)]
             self._run(_RENEW, self._lease_us, *words)
 
-    def settle(self, claim: Claim, /, *, written: int = 0, failure: Failure | None = None) -> bool:
+    def settle(
+        self,
+        claim: Claim,
+        /,
+        *,
+        written: int = 0,
+        failure: Failure | None = None,
+        supersedes: str | None = None,
+    ) -> bool:
         """End a claim; see `Journal`."""
-        words: list[Any] = [_raw(claim.key), claim.token, written]
+        newer = (0, "") if supersedes is None else (claim.seq, _raw(supersedes))
+        words: list[Any] = [_raw(claim.key), claim.token, written, *newer]
         if failure is not None:
             error = failure.error[:_ERROR_CHARACTERS].encode("utf-8", "backslashreplace")
             pause_us = round(failure.pause_s * 1e6)
@@ -249,7 +263,9 @@ class RedisJournal:
         return bool(self._run(_SETTLE, *words))
 
     def supersede(self, key: str, before: float, /) -> None:
-        """Forget the records of a key that coalesce, are not claimed and were accepted before.
+        """Forget the records of a key that coalesce and were accepted before; see `Journal`.
+
+        Each MiB of older records, or a thousand of them, takes a round trip.
 
         Raises:
             MusetError: Redis could not be told. It will be when it is back, before this process
@@ -422,8 +438,11 @@ class _Owed:
         """Tell Redis; remember it where that fails, also where the caller is cut off."""
         is_told = False
         try:
-            self._redis.script(_SUPERSEDE, [], [self._place, _raw(key), before_us])
-            is_told = True
+            after: Any = b""
+            while not is_told:
+                words = [self._place, _raw(key), before_us, after]
+                after = self._redis.script(_SUPERSEDE, [], words)
+                is_told = not after
         finally:
             if not is_told:
                 self._remember(key, before_us)
@@ -482,7 +501,8 @@ def _failures(noted: bytes) -> tuple[int, float | None, str | None]:
     if not noted:
         return 0, None, None
     attempts, first, error = (*noted.split(b" ", 2), b"", b"")[:3]
-    return _whole(attempts), _whole(first) / 1e6, error.decode("utf-8", "replace")
+    first_failed = None if first == b"-" else _whole(first) / 1e6
+    return _whole(attempts), first_failed, error.decode("utf-8", "replace")
 
 
 def _record(

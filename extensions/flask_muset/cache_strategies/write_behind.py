@@ -233,7 +233,7 @@ class WriteBehind:
             yield from self._out_of_turn(key)
             return
         while True:
-            written = 0
+            written, done = 0, None
             try:
                 for record in _older(claim, writer):
                     self.attempts.write_here(record)
@@ -241,9 +241,10 @@ class WriteBehind:
                 if claim.is_whole:
                     yield claim.seq
                     written = claim.records[-1].seq if claim.records else 0
+                    done = "" if writer is None else writer.name if writer.coalesces else None
                     return
             finally:
-                self.drain.settle(claim, written)
+                self.drain.settle(claim, written, supersedes=done)
             rest = self._hold(key)
             if rest is None:
                 raise OutOfTurn(f"the journal is away, and has more of {key!r}")

@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 from patched import run_patched
 
-from flask_muset.cache_strategies import sqlite_journal
+from flask_muset.cache_strategies import sqlite_file
 from flask_muset.cache_strategies.entry import Entry
 from flask_muset.cache_strategies.journal import Failure
 from flask_muset.cache_strategies.journal_conformance import JournalSuite
@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be(tmp_path, store):
 
 def test_a_file_that_is_locked(path, journal, store, monkeypatch):
     """Who waits too long for another program hears of it; nothing has changed."""
-    monkeypatch.setattr(sqlite_journal, "_BUSY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(sqlite_file, "_BUSY_TIMEOUT_S", 0.02)
     put(journal)
     store.write("other", entry(b"old"))
     other = sqlite3.connect(path, isolation_level=None)
@@ -270,7 +270,7 @@ def test_a_commit_that_fails(journal, store):
 
 def test_somebody_else_while_the_log_is_turned_on(path, journal, clock, monkeypatch):
     """SQLite does not always wait for who uses the file just then, so the journal does."""
-    monkeypatch.setattr(sqlite_journal, "_BUSY_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(sqlite_file, "_BUSY_TIMEOUT_S", 0.02)
     put(journal)
     journal.close()
     other = sqlite3.connect(path, isolation_level=None)
@@ -283,9 +283,9 @@ def test_somebody_else_while_the_log_is_turned_on(path, journal, clock, monkeypa
         waits.append(seconds)
         other.execute("COMMIT")
 
-    monkeypatch.setattr(sqlite_journal, "original", lambda module, name: sleep)
+    monkeypatch.setattr(sqlite_file, "original", lambda module, name: sleep)
     assert put(journal, "other")
-    assert waits == [sqlite_journal._NEW_AGAIN_S]
+    assert waits == [sqlite_file._NEW_AGAIN_S]
     other.close()
 
 
@@ -317,7 +317,7 @@ def test_threads_share_transactions(journal):
 
 def test_a_transaction_has_a_bound(journal, monkeypatch):
     """Who works for all goes on until he has done his own; nobody is left waiting."""
-    monkeypatch.setattr(sqlite_journal, "_GROUP", 2)
+    monkeypatch.setattr(sqlite_file, "GROUP", 2)
     put(journal, "first")
     begun = count_transactions(journal)
     with ThreadPoolExecutor(7) as pool:
@@ -895,7 +895,7 @@ _MOUNTS = r"""
 )
 def test_the_kind_of_file_system(path, kind):
     """It is that of the innermost mount, and of the last one at the same place."""
-    assert sqlite_journal._kind(path, _MOUNTS) == kind
+    assert sqlite_file._kind(path, _MOUNTS) == kind
 
 
 @pytest.mark.parametrize(
@@ -914,7 +914,7 @@ def test_what_a_file_system_risks(tmp_path, store, monkeypatch, kind, risk):
     """A disk of this machine has no risk; memory and the network have one, with its cure."""
     mounts = tmp_path / "mountinfo"
     mounts.write_text(f"22 1 254:0 / / rw - {kind} /dev/vda rw\n")
-    monkeypatch.setattr(sqlite_journal, "_MOUNTS", mounts)
+    monkeypatch.setattr(sqlite_file, "_MOUNTS", mounts)
     journal = SqliteJournal(tmp_path / "journal.db", store)
     risks = journal.risks()
     assert len(risks) == (risk is not None)
@@ -923,7 +923,7 @@ def test_what_a_file_system_risks(tmp_path, store, monkeypatch, kind, risk):
 
 def test_a_system_that_lists_no_mounts(journal, tmp_path, monkeypatch):
     """Where the kernel has no such list nothing is said."""
-    monkeypatch.setattr(sqlite_journal, "_MOUNTS", tmp_path / "absent")
+    monkeypatch.setattr(sqlite_file, "_MOUNTS", tmp_path / "absent")
     assert journal.risks() == []
 
 

@@ -1111,3 +1111,134 @@ def test_forked_children_drain_for_themselves(tmp_path):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert shop.cache.flush(10)
     assert shop.source == {}
+
+
+def test_what_could_not_be_settled_is_settled_later(place, monkeypatch):
+    """A journal that is away for a moment does not bring back what a write-through has replaced."""
+    shop = Shop(place)
+    shop.put("user:1", "older")
+    journal, settle, calls = shop.behind.journal, shop.behind.journal.settle, []
+
+    def fails_once(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise NetworkError("away for a moment")
+        return settle(*args, **options)
+
+    monkeypatch.setattr(journal, "settle", fails_once)
+    shop.cache.write_through("user:1", "newer", lambda value: shop.source.update(k=value), 60)
+    assert shop.cache.flush(10)
+    assert (shop.source, shop.calls) == ({"k": "newer"}, [])
+
+
+def test_a_dead_letter_is_superseded_by_what_its_caller_has_written(place):
+    """Neither a write-through nor a write for want of room is undone by a requeue."""
+    shop = Shop(place, MAX_PENDING=1)
+    shop.errors["user:1"] = 5
+    shop.put("user:1", "old")
+    kill(shop, "user:1")
+    (letter,) = shop.cache.dead_letters()
+    assert letter["superseded"] is False
+    shop.cache.write_through("user:1", "new", lambda value: None, 60)
+    (letter,) = shop.cache.dead_letters()
+    assert letter["superseded"] is True
+    with pytest.raises(ConflictError):
+        shop.cache.requeue(letter["id"])
+
+
+def test_an_ended_drain_writes_nothing_any_more(place):
+    """What it had claimed and not begun is given back, and left alone by a writer that ends."""
+    shop, goes_on, begun = Shop(place, WRITES_AT_ONCE=1, DRAIN=True), threading.Event(), []
+
+    @shop.cache.writer("slow", batch=2)
+    def slow(writes):
+        begun.append(writes)
+        goes_on.wait(20)
+
+    for number in range(6):
+        shop.cache.write_behind(f"k{number}", number, slow, 60)
+    end = time.monotonic() + 10
+    while not begun:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    shop.behind.drain.close(0.01)
+    goes_on.set()
+    while shop.behind.drain._busy:
+        time.sleep(0.001)
+    assert len(begun) == 1
+    left, _ = shop.behind.journal.claim(10, home="other", early=True)
+    assert len(left) >= 4
+
+
+def test_a_crowd_does_not_keep_the_journal_busy(place, monkeypatch):
+    """While all that is due is for a writer without a free place, the loop looks now and then."""
+    shop, goes_on, claims = Shop(place, WRITES_AT_ONCE=2), threading.Event(), []
+
+    @shop.cache.writer("hangs")
+    def hangs(value):
+        goes_on.wait(20)
+
+    for number in range(100):
+        shop.cache.write_behind(f"h{number}", number, hangs, 60)
+    claim = shop.behind.journal.claim
+    monkeypatch.setattr(
+        shop.behind.journal, "claim", lambda *a, **k: claims.append(1) or claim(*a, **k)
+    )
+    shop.behind.drain.start()
+    time.sleep(1)
+    goes_on.set()
+    assert len(claims) < 60
+    shop.behind.drain.close(10)
+
+
+def test_a_process_says_that_it_lives_although_nothing_can_be_claimed(place, monkeypatch):
+    """Else others would give up what only it can write."""
+    shop, beats = Shop(place, WRITE_DELAY=600), []
+    shop.cache.write_behind("k", 1, lambda value: None, 60)
+    drain, journal = shop.behind.drain, shop.behind.journal
+    drain.close(0)
+
+    def fail(*_args, **_options):
+        raise NetworkError("claims fail")
+
+    monkeypatch.setattr(journal, "claim", fail)
+    monkeypatch.setattr(journal, "beat", beats.append)
+    drain._closes_at, drain._next_beat = None, 0.0
+    drain.turn()
+    assert beats == [drain.home]
+
+
+_NATIVE = """
+import sys
+from flask import Flask
+from flask_muset import CacheStrategies
+
+app = Flask("native")
+app.config.update(json.loads(sys.argv[1]))
+cache = CacheStrategies(app)
+written = []
+save = cache.writer("save", coalesce=False)(written.append)
+
+def from_a_thread(number):
+    gevent.sleep(0)  # gives the thread a hub of its own
+    return cache.write_behind(f"n{number}", number, save, 60)
+
+def from_a_greenlet(number):
+    return cache.write_behind(f"g{number}", number, save, 60)
+
+pool = gevent.get_hub().threadpool
+accepted = []
+for turn in range(30):
+    native = [pool.spawn(from_a_thread, 10 * turn + n) for n in range(2)]
+    greenlets = [gevent.spawn(from_a_greenlet, 10 * turn + n) for n in range(5)]
+    gevent.joinall(greenlets, raise_error=True)
+    accepted += [one.get() for one in native + greenlets]
+result = [accepted.count(True), cache.flush(30), len(written)]
+"""
+
+
+def test_native_threads_beside_greenlets(tmp_path):
+    """A thread whose hub lasts for one call leaves nothing to that hub."""
+    place = {"JOURNAL_PATH": str(tmp_path / "journal.db"), "WRITE_DELAY": 0}
+    config = {f"CACHE_STRATEGIES_{name}": value for name, value in place.items()}
+    assert run_patched(_NATIVE, json.dumps(config)) == [210, True, 210]
