@@ -19,8 +19,10 @@ What a caller gets, all of `flask_muset.errors`, redis-py's exception as the cau
     NetworkError           no connection, or it broke; it may have been carried out
     ExternalServiceError   Redis answered with an error; the link stays up
 
-An error that says that Redis loads its data or refuses the credentials is a failure of the link.
-One that says that a master or a cluster is down is not, as PING would be answered; both are
+An error that says that Redis loads its data, refuses the credentials or, being a replica, takes no
+writes is a failure of the link. After the last one all connections are made anew, as the address
+may lead to the new master, and the probe is a write that does nothing in place of PING. An error
+that says that a master or a cluster is down is none, as PING would be answered. All of these are
 `unavailable`.
 
 The commands go to redis-py's `Connection`, because its client costs as much again. Nothing is ever
@@ -47,6 +49,7 @@ from redis.exceptions import (
     ClusterDownError,
     DataError,
     NoScriptError,
+    ReadOnlyError,
     RedisError,
     ResponseError,
     TimeoutError,  # noqa: A004 - redis-py's own; it is not the built-in one
@@ -303,6 +306,8 @@ class GuardedRedis:
         except ResponseError as error:
             answer = _error_of(self.name, error)
             answer.__cause__ = error
+            if _is_read_only(error):
+                call.refused = error
             return answer
 
     def _begin(self) -> "_Link":
@@ -310,7 +315,12 @@ class GuardedRedis:
         with self._lock:
             if self._link is None:
                 self._link = _Link(
-                    self.name, self.budget_s, self.max_connections, self._make, self._changed
+                    self.name,
+                    self.budget_s,
+                    self.max_connections,
+                    self._make,
+                    self._changed,
+                    self.key("probe"),
                 )
             return self._link
 
@@ -363,11 +373,19 @@ def _error_of(name: str, error: BaseException) -> MusetError:
         return OperationTimeoutError(text)
     if isinstance(error, AuthenticationError):
         return ExternalServiceError(text, unavailable=True, retryable=False)
-    if isinstance(error, BusyLoadingError | ClusterDownError):
+    if isinstance(error, BusyLoadingError | ClusterDownError) or _is_read_only(error):
         return ExternalServiceError(text, unavailable=True)
     if isinstance(error, ResponseError):
         return ExternalServiceError(text)
     return NetworkError(text)
+
+
+def _is_read_only(error: BaseException) -> bool:
+    """Whether Redis has refused a write because it is a replica."""
+    # Before version 7 what a script is answered stands within another error.
+    return isinstance(error, ReadOnlyError) or (
+        isinstance(error, ResponseError) and "-READONLY " in str(error)
+    )
 
 
 def abandon(connection: Any) -> None:
@@ -408,7 +426,8 @@ class _Slot:
         That costs half a microsecond, with a poll object that lives as long as the connection, and
         keeps a connection that Redis has closed meanwhile from becoming the failure of a call.
         """
-        return self._poll is not None and not self._poll(0)
+        poll = self._poll  # another thread may retire it
+        return poll is not None and not poll(0)
 
     def connect(self, limit_s: float | None) -> None:
         """Connect, log in and select the database."""
@@ -437,6 +456,10 @@ class _Slot:
         self._poll = None
         self.connection.disconnect()
 
+    def retire(self) -> None:
+        """Let it be connected anew before its next use; one that is in use now goes on."""
+        self._poll = None
+
     def abandon(self) -> None:
         """Leave the socket to the parent process."""
         abandon(self.connection)
@@ -450,7 +473,8 @@ class _Call:
     """
 
     __slots__ = (
-        "_is_over", "_scope", "_taken_at", "at", "began_at", "caller", "seconds", "sent_at", "slot"
+        "_is_over", "_scope", "_taken_at", "at", "began_at", "caller", "refused", "seconds",
+        "sent_at", "slot",
     )  # fmt: skip
 
     slot: _Slot
@@ -461,6 +485,8 @@ class _Call:
         self.at = self.began_at + seconds
         self.sent_at: float | None = None
         self.caller: Scope | None = None
+        #: What a command of several was answered that is a failure of the link.
+        self.refused: ResponseError | None = None
         self._scope: Scope | None = None
         self._is_over = False
         outer = deadline.current()
@@ -643,6 +669,13 @@ class _Pool:
             waiter.is_refused = True
             waiter.event.set()
 
+    def retire(self) -> None:
+        """Let each connection be made anew before its next use."""
+        with self._lock:
+            slots = list(self.slots)
+        for slot in slots:
+            slot.retire()
+
     def close(self) -> None:
         """Disconnect all that are free, and the others when they come back."""
         with self._lock:
@@ -674,7 +707,16 @@ class _Pool:
 
 
 class _Link:
-    """What one process has: connections, and whether they are worth trying."""
+    """What one process has: connections, and whether they are worth trying.
+
+    Args:
+        name: Of the client.
+        budget_s: Seconds that a probe may take.
+        max_connections: At once.
+        make: Makes one, not connected.
+        changed: Is told of each new state.
+        probe: Name of a key that nobody has.
+    """
 
     def __init__(
         self,
@@ -683,6 +725,7 @@ class _Link:
         max_connections: int,
         make: Callable[[], Any],
         changed: Callable[[str], None],
+        probe: str,
     ) -> None:
         self.name = name
         self._changed = changed
@@ -699,6 +742,9 @@ class _Link:
         self._slow_in_a_row = 0
         self._slow_at = -math.inf
         self._prober: object = None
+        self._probe_key = probe
+        #: Whether it is up only when it takes writes.
+        self._must_write = False
         self._probing: _Slot | None = None
         self._due = math.inf
         give_lock(self)
@@ -723,15 +769,16 @@ class _Link:
         try:
             reply = self._run(call, packed, read)
         except ResponseError as error:
-            raise _error_of(self.name, error) from error
+            raise self._refused(epoch, error) from error
         except (RedisError, OSError) as error:
             raise self._failure(call, epoch, error) from error
         except Expired as error:
             if not call.owns(error):
                 raise
             raise self._failure(call, epoch, error) from error
-        if self._slow_in_a_row:
-            self._slow_in_a_row = 0
+        self._slow_in_a_row = 0
+        if call.refused is not None:
+            self._refused(epoch, call.refused)
         return reply
 
     def _run(self, call: _Call, packed: Any, read: Callable[[_Call], Any]) -> Any:
@@ -779,11 +826,19 @@ class _Link:
 
     # --- Its state
 
-    def _doubt(self, epoch: int, reason: str) -> None:
+    def _refused(self, epoch: int, error: ResponseError) -> MusetError:
+        """What a caller gets for an error that was answered; it may be a failure of the link."""
+        answer = _error_of(self.name, error)
+        if _is_read_only(error):
+            self.pool.retire()
+            self._doubt(epoch, answer.message, must_write=True)
+        return answer
+
+    def _doubt(self, epoch: int, reason: str, *, must_write: bool = False) -> None:
         with self._lock:
             if self.state != _UP or epoch != self._epoch:
                 return
-            self.state = _DOUBT
+            self.state, self._must_write = _DOUBT, must_write
             self._due = SYSTEM.now()
             prober = self._prober = object()
         self.pool.send_away()
@@ -844,19 +899,22 @@ class _Link:
         run_beside(partial(self._probe, prober), name=f"{self.name}-prober", module="socket")
 
     def _probe(self, prober: object) -> None:
-        """Send PING, at once and then from time to time, until it is answered."""
+        """Ask, at once and then from time to time, until it is answered."""
         pause_s = _FIRST_PAUSE_S
         while self._prober is prober:
             self._due = SYSTEM.now()
             error = self._ping()
             if error is None:
-                self._settle(prober, _UP, "PING was answered")
+                self._settle(prober, _UP, f"{self._question()[0]} was answered")
                 return
             self._settle(prober, _DOWN, _error_of(self.name, error).message)
             wait_s = SYSTEM.uniform(pause_s / 2, pause_s)
             self._due = SYSTEM.now() + wait_s
             self._closed.wait(wait_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    def _question(self) -> tuple[str, ...]:
+        return ("DEL", self._probe_key) if self._must_write else ("PING",)
 
     def _ping(self) -> BaseException | None:
         """Ask on a connection of its own: connecting must work as well."""
@@ -865,9 +923,12 @@ class _Link:
         call = _Call(self._budget_s, can_cut=self._is_patched)
         call.enter()
         try:
-            _exchange(call, slot, connection.pack_command("PING"), _Call.read, waited=False)
+            packed = connection.pack_command(*self._question())
+            _exchange(call, slot, packed, _Call.read, waited=False)
         except (RedisError, OSError, Expired) as error:
-            return error
+            # A write that is refused for another reason is an answer.
+            is_answer = self._must_write and isinstance(error, ResponseError)
+            return None if is_answer and not _is_read_only(error) else error
         finally:
             call.leave()
             slot.drop()

@@ -281,6 +281,102 @@ def test_a_restart_is_survived(redis_server, make, states):
     assert client.execute("GET", "k") is None
 
 
+READ_ONLY_BEFORE_7 = (
+    'return redis.error_reply("ERR Error running script (call to f_0): @user_script:1: '
+    "-READONLY You can't write against a read only replica.\")"
+)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda client: client.execute("SET", "k", "new"),
+        lambda client: client.script("return redis.call('SET', 'k', 'new')", []),
+        lambda client: raise_one(client.pipeline([("GET", "k"), ("SET", "k", "new")])),
+    ],
+    ids=["command", "script", "pipeline"],
+)
+def test_a_master_that_became_a_replica(redis_server, make, states, write):
+    """The link is down until Redis takes writes, though it answers PING; then all is made anew."""
+    client, beside = make(redis_server.url, budget_s=EASY), make(redis_server.url, budget_s=EASY)
+    client.execute("SET", "k", "old")
+    before = client.execute("CLIENT", "ID")
+    beside.execute("CONFIG", "SET", "replica-read-only", "yes")
+    beside.execute("REPLICAOF", "127.0.0.1", free_port())
+    with pytest.raises(ExternalServiceError, match="read only") as caught:
+        write(client)
+    assert caught.value.unavailable
+    wait_until(lambda: client.state == "down")
+    with pytest.raises(CircuitOpenError):
+        client.execute("GET", "k")
+    assert beside.execute("PING") == b"PONG"
+    beside.execute("REPLICAOF", "NO", "ONE")
+    wait_until(lambda: client.state == "up")
+    assert states == ["doubt", "down", "up"]
+    assert client.execute("GET", "k") == b"old"
+    assert client.execute("CLIENT", "ID") != before
+    write(client)
+    assert client.execute("GET", "k") == b"new"
+
+
+def raise_one(replies):
+    """Raise what one of several replies is."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def test_a_new_master_behind_the_same_address(redis_server, tmp_path_factory, make):
+    """After one refused write each connection leads to the new master, an idle one too."""
+    other = RedisServer(tmp_path_factory.mktemp("other")).start()
+    way = SlowWay(redis_server.port)
+    try:
+        client, beside = make(way.url, budget_s=EASY), make(redis_server.url, budget_s=EASY)
+        assert ports(client) == [redis_server.port] * 2
+        beside.execute("REPLICAOF", "127.0.0.1", other.port)
+        way._target = ("127.0.0.1", other.port)
+        with pytest.raises(ExternalServiceError, match="read only"):
+            client.execute("SET", "k", "v")
+        wait_until(lambda: client.state == "up")
+        assert ports(client) == [other.port] * 2
+        assert client.execute("SET", "k", "v") == b"OK"
+    finally:
+        way.close()
+        other.kill()
+
+
+def ports(client):
+    """Which servers two connections lead to."""
+    busy = threading.Thread(target=client.execute, args=("BLPOP", "nothing", "0.2"))
+    busy.start()
+    wait_until(lambda: client.in_use == 1)
+    one = client.execute("CONFIG", "GET", "port")
+    busy.join()
+    two = client.execute("CONFIG", "GET", "port")
+    return [int(one[1]), int(two[1])]
+
+
+def test_a_replica_before_version_7(redis_server, make, states):
+    """What is answered to its scripts is told from other errors of scripts."""
+    client = make(redis_server.url, budget_s=EASY)
+    with pytest.raises(ExternalServiceError, match="READONLY") as caught:
+        client.script(READ_ONLY_BEFORE_7, [])
+    assert caught.value.unavailable
+    wait_until(lambda: client.state == "up")
+    assert states == ["doubt", "up"]
+
+
+def test_a_probe_that_may_not_write(redis_server, make):
+    """Where another error is the answer to the probe, Redis is there."""
+    beside = make(redis_server.url, budget_s=EASY)
+    beside.execute("ACL", "SETUSER", "limited", "on", ">secret", "~*", "&*", "+@all", "-del")
+    client = make(redis_server.url.replace("//", "//limited:secret@"), budget_s=EASY)
+    with pytest.raises(ExternalServiceError, match="READONLY"):
+        client.script(READ_ONLY_BEFORE_7, [])
+    wait_until(lambda: client.state == "up")
+    assert client.execute("SET", "k", "v") == b"OK"
+
+
 def test_saturation_keeps_the_link_up(redis_server, make, states):
     """All connections in use: who waits too long is refused, who comes in time is served."""
     client = make(redis_server.url, budget_s=EASY, max_connections=1)

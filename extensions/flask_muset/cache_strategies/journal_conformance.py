@@ -683,7 +683,39 @@ class JournalSuite:
         left = _one(journal, early=True).records
         assert [(record.seq, record.attempts) for record in left] == [(seqs[1], 1), (seqs[2], 0)]
 
+    def test_an_attempt_that_does_not_count(self, journal: _Tested) -> None:
+        """Without an error of its own it leaves the last one, and nothing has failed first."""
+        seq = _put(journal, "key")
+        pause = Failure(seq, "", counts=False)
+        assert journal.settle(_one(journal), failure=pause) is True
+        assert _newest(journal, "key").first_failed is None
+        assert journal.settle(_one(journal), failure=Failure(seq, "refused")) is True
+        first = _newest(journal, "key").first_failed
+        self.advance(0.01)
+        assert journal.settle(_one(journal), failure=pause) is True
+        assert journal.explain("key")["error"] == "refused"
+        record = _newest(journal, "key")
+        assert (record.attempts, record.first_failed) == (1, first)
+        assert journal.settle(_one(journal), failure=Failure(seq, "shut", counts=False)) is True
+        assert journal.explain("key")["error"] == "shut"
+
     # --- Dead letters
+
+    def test_giving_up_without_an_attempt(self, journal: _Tested) -> None:
+        """A dead letter has the last error, and the attempts that counted."""
+        seq = _put(journal, "key")
+        assert journal.settle(_one(journal), failure=Failure(seq, "refused")) is True
+        failure = Failure(seq, "", is_final=True, counts=False)
+        assert journal.settle(_one(journal), failure=failure) is True
+        assert (_letter(journal).error, _letter(journal).record.attempts) == ("refused", 1)
+
+    def test_a_final_failure_does_not_pause(self, journal: _Tested) -> None:
+        """What stands behind a record that is given up is due at once, whatever pause is named."""
+        seq = _put(journal, "key", b"1", coalesces=False)
+        _put(journal, "key", b"2", coalesces=False)
+        failure = Failure(seq, "poison", is_final=True, pause_s=_LONG_S)
+        assert journal.settle(_one(journal), failure=failure) is True
+        assert _values(_one(journal).records) == [b"2"]
 
     def test_a_final_failure(self, journal: _Tested, other_journal: _Tested) -> None:
         """The record is given up and kept aside; the one behind it is due at once."""
@@ -829,6 +861,32 @@ class JournalSuite:
         _put(journal, "key", b"3")
         assert _letter(journal).is_superseded
 
+    def test_superseded_by_who_held_the_key(self, journal: _Tested) -> None:
+        """A holder that has written a newer value says so of its writer, or of all."""
+        _give_up(journal, "key", writer="w")
+        _give_up(journal, "key", writer="v")
+        _give_up(journal, "key", writer="w", coalesces=False)
+        _give_up(journal, "other", writer="w")
+
+        def settle(supersedes: str | None) -> list[bool]:
+            assert journal.settle(_hold(journal, "key"), supersedes=supersedes) is True
+            return [letter.is_superseded for letter in journal.dead_letters()]
+
+        assert settle(None) == [False, False, False, False]
+        assert settle("u") == [False, False, False, False]
+        assert settle("w") == [True, False, False, False]
+        assert _is_refused(journal, journal.dead_letters()[0])
+        assert settle("") == [True, True, False, False]
+        assert journal.requeue(journal.dead_letters()[2].id) is True
+
+    def test_who_came_too_late_supersedes_nothing(self, journal: _Tested) -> None:
+        """A claim that has ended marks no dead letter."""
+        _give_up(journal, "key")
+        claim = _hold(journal, "key")
+        self._let_leases_end()
+        assert journal.settle(claim, supersedes="w") is False
+        assert not _letter(journal).is_superseded
+
     # --- Homes
 
     def test_what_is_at_home(self, journal: _Tested, other_journal: _Tested) -> None:
@@ -867,6 +925,29 @@ class JournalSuite:
         assert journal.settle(claim, written=claim.records[0].seq) is True
         assert _claims(journal, home="other") == []
         assert _values(_one(journal, home="mine").records) == [b"2"]
+
+    def test_the_home_of_a_replacement(self, journal: _Tested) -> None:
+        """A key moves with the record that took the place of its only one."""
+        for home in ("one", "two"):
+            journal.beat(home)
+            _put(journal, "key", writer="", home=home)
+        assert _claims(journal, home="one") == []
+        assert _one(journal, home="two").key == "key"
+
+    def test_the_oldest_record_changes(self, journal: _Tested) -> None:
+        """A key moves where older ones are superseded, or come back from the dead."""
+        journal.beat("mine")
+        _give_up(journal, "back", b"1", writer="", home="mine", coalesces=False)
+        _put(journal, "back", b"2")
+        _put(journal, "moves", b"1")
+        _put(journal, "moves", b"2", writer="", home="mine", coalesces=False)
+        journal.supersede("moves", journal.now() + 1)
+        assert [claim.key for claim in _claims(journal, home="other")] == ["back"]
+        self._let_leases_end()
+        journal.beat("mine")
+        assert journal.requeue(_letter(journal).id) is True
+        assert _claims(journal, home="other") == []
+        assert {claim.key for claim in _claims(journal, home="mine")} == {"back", "moves"}
 
     def test_much_at_home_keeps_nobody_from_the_rest(self, journal: _Tested) -> None:
         """Keys that are left to their home do not count to the limit."""
@@ -908,8 +989,56 @@ class JournalSuite:
         journal.supersede("key", journal.now() + 1)
         assert _value(_newest(journal, "key")) == b"1"
         assert journal.settle(claim, failure=Failure(seq, "refused")) is True
-        journal.supersede("key", journal.now() + 1)
         assert journal.newest("key") is None
+        assert journal.state() == State(0, 0, 0.0, 0)
+
+    def test_superseded_when_a_claim_ends(self, journal: _Tested) -> None:
+        """However it ends, what was older and coalesces is forgotten; the rest is due at once."""
+        for is_final in (None, False, True):
+            seq = _put(journal, "key", b"1")
+            _put(journal, "key", b"2", writer="ledger", coalesces=False)
+            self.advance(0.002)
+            before = journal.now()
+            self.advance(0.002)
+            last = _put(journal, "key", b"3")
+            claim = _one(journal)
+            journal.supersede("key", before)
+            failure = Failure(seq, "refused", is_final=bool(is_final), pause_s=_LONG_S)
+            assert journal.settle(claim, failure=None if is_final is None else failure) is True
+            claim = _one(journal)
+            assert _values(claim.records) == [b"2", b"3"]
+            assert journal.settle(claim, written=last) is True
+        assert journal.state() == State(0, 0, 0.0, 0)
+
+    def test_superseded_when_it_was_written(self, journal: _Tested) -> None:
+        """What was written is done with; what comes after the claim is not forgotten with it."""
+        first = _put(journal, "key", b"1")
+        claim = _one(journal)
+        self.advance(0.002)
+        journal.supersede("key", journal.now())
+        _put(journal, "key", b"2")
+        assert journal.settle(claim, written=first) is True
+        assert _values(_waiting(journal, "key")) == [b"2"]
+
+    def test_superseded_when_a_claim_ends_by_itself(
+        self, journal: _Tested, other_journal: _Tested
+    ) -> None:
+        """Nobody writes it again, whoever claims or holds the key next."""
+        for key in ("one", "two"):
+            _put(journal, key, b"1")
+        _put(journal, "two", b"2", writer="ledger", coalesces=False)
+        claims = _claims(journal)
+        assert len(claims) == 2
+        self.advance(0.002)
+        for key in ("one", "two"):
+            other_journal.supersede(key, journal.now())
+        journal.renew(claims)
+        self._let_leases_end()
+        assert _values(_hold(other_journal, "two").records) == [b"2"]
+        assert _claims(other_journal) == []
+        assert journal.state().pending == 1
+        _put(journal, "one", b"3")
+        assert _values(_one(journal).records) == [b"3"]
 
     def test_superseding_all(self, journal: _Tested) -> None:
         """A key without records is as if it had never been; one that is held stays held."""

@@ -59,8 +59,8 @@ local function add(key, record)
     record.h or '', 'a', record.a or seq, 'd', record.d)
 end
 
--- Visit the entries of a stream until a visit says false; what is wrong with the stream, or nothing.
--- One at a time: any may be large, and what is read and not needed counts as well.
+-- Visit the entries of a stream until a visit says false; what is wrong with it, or nothing. They
+-- are read one by one: any may be large, and what is not needed then takes its time as well.
 local function walk(name, from, to, visit)
   local page = redis.pcall('XRANGE', name, from, to, 'COUNT', 1)
   if page.err then return page.err end
@@ -99,8 +99,8 @@ local function rebuild(key, now, letter)
   if letter then add(key, letter) end
 end
 
--- The oldest records of a key, as many as there is room for but at least one, whether these are all,
--- and their bytes; nil if one cannot be read.
+-- The oldest records of a key, as many as there is room for but at least one; whether these are
+-- all, and their bytes. Nil if one cannot be read.
 local function oldest(key, room)
   local records, size, is_readable = {}, 0, true
   local why = walk(stream(key), '-', '+', function(entry)
@@ -133,7 +133,9 @@ local function forget_gone(key, state)
 end
 
 -- Let nothing be left of a claim.
-local function let_go(key) redis.call('HDEL', facts(key), 'token', 'ends', 'lease', 'ids', 'gone') end
+local function let_go(key)
+  redis.call('HDEL', facts(key), 'token', 'ends', 'lease', 'ids', 'gone')
+end
 
 -- Claim a key that is free; the claim as it is told, how many records it has, and their bytes. The
 -- caller lets it be due when the claim ends.

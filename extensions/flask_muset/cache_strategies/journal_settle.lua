@@ -1,7 +1,8 @@
 -- End a claim; 1 if it was still held.
--- ARGV: place, name, token, the last sequence that is done with; the sequence of what the holder has
--- written itself or 0, its writer or nothing for all; where one has failed its sequence, the error,
--- whether that is final, microseconds of a pause, whether it counts as an attempt.
+-- ARGV: place, name, token, the last sequence that is done with; the sequence of what the holder
+-- has written itself or 0, the writer of that or nothing for all; where one has failed its
+-- sequence, the error, whether that is final, microseconds of a pause, whether it counts as an
+-- attempt.
 local now, key = clock(), ARGV[2]
 local state = known(key)
 if state.token ~= ARGV[3] or not is_held(state, now) then return 0 end
@@ -27,8 +28,8 @@ local function give_up(entry, attempts, first, error)
 end
 
 local seq = ARGV[7]
-local is_its_own = seq and has(state.ids, seq) and not has(state.gone, seq)
-local entry = is_its_own and redis.call('XRANGE', stream(key), seq .. '-0', seq .. '-0')[1]
+local is_left = seq and has(state.ids, seq) and not has(state.gone, seq)
+local entry = is_left and redis.call('XRANGE', stream(key), seq .. '-0', seq .. '-0')[1]
 if entry then
   local attempts, first, error = string.match(state['f' .. seq] or '', '^(%d+) (%S+) (.*)$')
   attempts, first = (attempts or 0) + ARGV[11], first or '-'
@@ -37,10 +38,10 @@ if entry then
   if ARGV[9] == '1' then
     give_up(entry, attempts, first, error or '')
   else
+    due = now + ARGV[10]
     if attempts > 0 or error then
       redis.call('HSET', facts(key), 'f' .. seq, attempts .. ' ' .. first .. ' ' .. (error or ''))
     end
-    due = now + ARGV[10]
   end
 end
 let_go(key)

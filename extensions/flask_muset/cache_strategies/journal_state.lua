@@ -1,6 +1,6 @@
 -- How much there is.  ARGV: place.
--- Returns the records, their bytes, when the oldest was accepted or nothing, the dead letters, and the
--- microseconds of now.
+-- Returns the records, their bytes, when the oldest was accepted or nothing, the dead letters, and
+-- the microseconds of now.
 local counts, now = redis.call('HMGET', COUNTS, 'pending', 'bytes', 'wait'), clock()
 local oldest = tonumber(redis.call('ZRANGE', AGE, 0, 0, 'WITHSCORES')[2])
 local wait, from, page = tonumber(counts[3]) or 0, 0, nil
@@ -11,8 +11,8 @@ local function waits_unclaimed(key)
   return not is_held({token = claim[1], ends = claim[2], lease = claim[3]}, now)
 end
 
--- Keys that nobody has claimed yet have no age; of these the one that is due first is the oldest, and
--- was accepted the delay of a write before. Nothing has to be read for that, which may be large.
+-- Keys that nobody has claimed yet have no age. Of these the one that is due first is the oldest,
+-- and was accepted the delay of a write before that. No record is read, as it may be large.
 local function look(page)
   for index = 1, #page, 2 do
     local since = page[index + 1] - wait

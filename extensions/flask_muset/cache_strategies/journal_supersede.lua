@@ -1,5 +1,5 @@
--- Forget the records of a key that coalesce and were accepted before a moment: some of them, those that
--- are claimed when their claim ends.
+-- Forget some of the records of a key that coalesce and were accepted before a moment; those that
+-- are claimed, when their claim ends.
 -- ARGV: place, name, microseconds of the moment, the id behind which to begin or nothing.
 -- Returns the id behind which there may be more, or nothing.
 local now, key = clock(), ARGV[2]

@@ -6,10 +6,11 @@ Below the deployment's prefix and the format's version, `w1:`:
               refuses what is out of order; w writer, c coalesces, h home, a the sequence of what it
               has taken the place of, d data
     m:<key>   a stream that is moved, within a script
-    k:<key>   a hash, what else is known of a key: token, ends, lease and ids of its claim, and gone,
-              those of them that were superseded since; f<sequence> the attempts of a record, its
-              first failure and its error; x<writer> the sequence that supersedes older dead letters,
-              y<writer> and y the one that supersedes those that coalesce; dead the number of these
+    k:<key>   a hash, what else is known of a key: token, ends, lease and ids of its claim, and
+              gone, those of them that were superseded since; f<sequence> the attempts of a record,
+              its first failure and its error; x<writer> the sequence that supersedes older dead
+              letters, y<writer> and y what supersedes only those that coalesce; dead the number of
+              dead letters
     due       a sorted set: when each key is due; one that is claimed, when the claim ends
     age       a sorted set: the sequence of what waits longest of each key that was claimed once; of
               the others `due` and n tell it

@@ -32,6 +32,11 @@ _NEW_AGAIN_S: Final = 0.01
 GROUP: Final = 256
 #: What the log is cut to after it had to be larger. SQLite begins it anew at about 4 MiB.
 _LOG_BYTES: Final = 16 << 20
+#: How many pages of 4 KiB may be free in the file, how many others it gives back to the disk at a
+#: time, and how often, in seconds.
+_FREE_PAGES: Final = 1024
+_SHRINK_PAGES: Final = 256
+_SHRINK_EVERY_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +126,7 @@ class SqliteFile:
         self._identity: tuple[int, int] = (0, 0)
         #: What is being committed.
         self._committing: Sequence[Task[Any]] = ()
+        self._next_shrink = 0.0
         self._begin_anew()
         # It is held for as long as a thread works at the file.
         give_lock(self)
@@ -281,6 +287,19 @@ class SqliteFile:
         for task in tasks:
             task.is_done = True
         self._committing = ()
+        if any(task.writes for task in tasks) and SYSTEM.now() >= self._next_shrink:
+            self._shrink(connection)
+
+    def _shrink(self, connection: sqlite3.Connection) -> None:
+        """Give room back to the disk, little by little; most of what is free is used again."""
+        self._next_shrink = SYSTEM.now() + _SHRINK_EVERY_S
+        try:
+            (free,) = connection.execute("PRAGMA freelist_count").fetchone()
+            if free > _FREE_PAGES:
+                # The statement has a row for each page; a script does not come back for them.
+                connection.executescript(f"PRAGMA incremental_vacuum({_SHRINK_PAGES})")
+        except sqlite3.Error:
+            self._drop()  # what was asked for is done; whoever comes next meets the same
 
     def _begin(self, writes: bool) -> sqlite3.Connection:
         connection = self._connected()
@@ -534,6 +553,7 @@ def _header(connection: sqlite3.Connection) -> tuple[int, int]:
 
 def _make(connection: sqlite3.Connection, layout: Layout) -> None:
     """Make the tables, unless the file has others or another process was faster."""
+    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")  # only before there is anything
     connection.execute("BEGIN IMMEDIATE")
     if not connection.execute("SELECT 1 FROM sqlite_master LIMIT 1").fetchone():
         for statement in layout.statements:

@@ -12,6 +12,7 @@ from patched import run_patched
 from redis_server import RedisServer, SlowWay
 
 from flask_muset import redis as guarded
+from flask_muset.cache_strategies import redis_journal
 from flask_muset.cache_strategies.entry import Entry
 from flask_muset.cache_strategies.envelope import unpack
 from flask_muset.cache_strategies.journal import Failure, State
@@ -173,6 +174,33 @@ def written_of(journal):
     return written
 
 
+def written_records(journal):
+    """All records of the only key, written as they are claimed."""
+    written = []
+    while claims := journal.claim(1, home="me")[0]:
+        written += claims[0].records
+        assert journal.settle(claims[0], written=written[-1].seq) is True
+    return written
+
+
+def calls(redis, command):
+    """How often a command was carried out since the last CONFIG RESETSTAT."""
+    stats = redis.execute("INFO", "commandstats").decode()
+    found = re.search(rf"cmdstat_{command}:calls=(\d+)", stats)
+    return int(found[1]) if found else 0
+
+
+def set_back(redis, seconds):
+    """Let all moments be what they are after the clock of Redis was set back."""
+    shift = round(seconds * 1e6)
+    for name in ("due", "homes"):
+        for member in redis.execute("ZRANGE", PLACE + name, 0, -1):
+            redis.execute("ZINCRBY", PLACE + name, shift, member)
+    for name in redis.execute("KEYS", f"{PLACE}k:*"):
+        if redis.execute("HEXISTS", name, "ends"):
+            redis.execute("HINCRBY", name, "ends", shift)
+
+
 def everything(redis):
     """All keys and what they have."""
     found = redis.execute("KEYS", "*")
@@ -253,16 +281,57 @@ def test_other_memories_hear_of_it(redis_server, make):
 
 
 def test_large_records_are_claimed_in_parts(journal):
-    """A claim has about a MiB, and so has all that is claimed at once; nothing is passed over."""
+    """All that is claimed at once has about a MiB; nothing is passed over."""
+    large = LARGE[:400_000]
     for number in range(5):
-        put(journal, "one", b"%d" % number + LARGE, coalesces=False)
-    put(journal, "two", LARGE)
+        put(journal, "one", b"%d" % number + large, coalesces=False)
+    for key in ("two", "three"):
+        put(journal, key, large)
     claims, wait_s = journal.claim(10, home="me")
-    assert ([claim.key for claim in claims], wait_s) == (["one"], 0)
-    assert 1 < len(claims[0].records) < 5
-    assert claims[0].is_whole is False
-    assert journal.settle(claims[0], written=claims[0].records[-1].seq) is True
-    assert [claim.key for claim in journal.claim(10, home="me")[0]] == ["two", "one"]
+    assert ([claim.key for claim in claims], wait_s) == (["one", "two"], 0)
+    assert [len(claim.records) for claim in claims] == [2, 1]
+    assert [claim.is_whole for claim in claims] == [False, True]
+    for claim in claims:
+        assert journal.settle(claim, written=claim.records[-1].seq) is True
+    assert [claim.key for claim in journal.claim(10, home="me")[0]] == ["three", "one"]
+
+
+def test_a_record_that_is_too_large_is_claimed_alone(journal):
+    """Neither what is before it nor what is behind it comes with it."""
+    sizes = [1, 1, 3 * len(LARGE), 1, 1]
+    for size in sizes:
+        put(journal, "key", (LARGE * 3)[:size], coalesces=False)
+    parts = []
+    while claims := journal.claim(10, home="me")[0]:
+        (claim,) = claims
+        parts.append([len(payload) for payload in payloads(claim.records)])
+        assert journal.settle(claim, written=claim.records[-1].seq) is True
+    assert parts == [sizes[:2], sizes[2:3], sizes[3:]]
+
+
+def test_large_records_are_superseded_in_parts(journal, redis):
+    """No script reads more than about a MiB, and all that is older is forgotten."""
+    for number in range(8):
+        put(journal, "key", LARGE, writer=f"w{number % 2}")
+    put(journal, "key", b"kept", coalesces=False)
+    redis.execute("CONFIG", "RESETSTAT")
+    journal.supersede("key", journal.now())
+    assert calls(redis, "evalsha") > 2
+    assert payloads(journal.hold("key").records) == [b"kept"]
+    assert journal.state().pending == 1
+
+
+def test_requeueing_before_large_records(journal):
+    """They are moved as they are, and it stands before them."""
+    give_up(journal, "key", b"first", coalesces=False)
+    for number in range(3):
+        put(journal, "key", b"%d" % number + LARGE, coalesces=False)
+    (letter,) = journal.dead_letters()
+    assert journal.requeue(letter.id) is True
+    first, *others = [payload[:5] for payload in payloads(written_records(journal))]
+    assert first == b"first"
+    assert others == [b"%d" % number + LARGE[:4] for number in range(3)]
+    assert journal.state() == State(0, 0, 0.0, 0)
 
 
 def test_large_dead_letters_come_in_parts(journal):
@@ -271,6 +340,149 @@ def test_large_dead_letters_come_in_parts(journal):
         give_up(journal, f"key{number}", LARGE)
     assert [letter.record.key[-1] for letter in journal.dead_letters()] == list("01234")
     assert len(journal.dead_letters(3)) == 3
+
+
+def test_the_age_of_what_nobody_has_claimed(journal, redis):
+    """It is that of the oldest, its delay does not count, and no data is read for it."""
+    journal.hold("held")
+    first = put(journal, "old", LARGE, delay_s=60)
+    put(journal, "new", LARGE, delay_s=60)
+    put(journal, "old", LARGE, delay_s=60)
+    redis.execute("CONFIG", "RESETSTAT")
+    _, _, since, _, _ = journal._run(redis_journal._STATE)
+    assert int(since) == first
+    assert calls(redis, "xrange") == 0
+    claim = journal.hold("old")
+    assert journal.settle(claim, written=claim.records[-1].seq) is True
+    assert 0 < journal.state().oldest_s < (journal.now() - first / 1e6)
+
+
+def test_what_failed_is_as_old_as_it_was(journal):
+    """Its pause makes it no younger than what nobody has claimed."""
+    seq = put(journal, "failed", delay_s=60)
+    put(journal, "new", delay_s=60)
+    assert journal.settle(journal.hold("failed"), failure=Failure(seq, "no", pause_s=9)) is True
+    _, _, since, _, _ = journal._run(redis_journal._STATE)
+    assert int(since) == seq
+
+
+def test_a_pause_that_does_not_count(journal):
+    """It is no failure: what was said before stays, and the first failure is still to come."""
+    seq = put(journal, "key")
+
+    def fail(error, **options):
+        assert journal.settle(journal.hold("key"), failure=Failure(seq, error, **options)) is True
+        record, said = journal.newest("key"), journal.explain("key")["error"]
+        return record.attempts, record.first_failed is not None, said
+
+    assert fail("", counts=False) == (0, False, None)
+    assert fail("asleep", counts=False) == (0, False, "asleep")
+    assert fail("no") == (1, True, "no")
+    first = journal.newest("key").first_failed
+    assert fail("", counts=False) == (1, True, "no")
+    assert journal.settle(journal.hold("key"), failure=Failure(seq, "never", is_final=True)) is True
+    (letter,) = journal.dead_letters()
+    assert (letter.record.attempts, letter.first_failed, letter.error) == (2, first, "never")
+
+
+# --- What was superseded --------------------------------------------------------------------------
+
+
+def fails(journal, claim):
+    failure = Failure(claim.records[0].seq, "no", pause_s=0)
+    assert journal.settle(claim, failure=failure) is True
+
+
+def fails_for_good(journal, claim):
+    failure = Failure(claim.records[0].seq, "no", is_final=True)
+    assert journal.settle(claim, failure=failure) is True
+
+
+def is_let_go(journal, claim):
+    journal._release(claim.token.partition(":")[0])
+
+
+def is_left(journal, claim):
+    """As by a process that was killed."""
+    time.sleep(0.06)
+
+
+@pytest.mark.parametrize("ends", [fails, fails_for_good, is_let_go, is_left])
+def test_what_is_superseded_while_it_is_claimed(redis_server, make, redis, ends):
+    """It is gone when its claim has ended, however that was; ledgers and newer ones stay."""
+    journal = make(redis_server.url, lease_s=0.05 if ends is is_left else 10.0)
+    put(journal, "key", b"old")
+    put(journal, "key", b"ledger", writer="l", coalesces=False)
+    put(journal, "alone", b"old")
+    claims = [journal.hold("key"), journal.hold("alone")]
+    for key in ("key", "alone"):
+        journal.supersede(key, journal.now())
+    new = put(journal, "key", b"new", coalesces=False)
+    for claim in claims:
+        ends(journal, claim)
+    (claim,), _ = journal.claim(9, home="me", early=True)
+    assert payloads(claim.records) == [b"ledger", b"new"]
+    assert journal.settle(claim, written=new) is True
+    assert journal.state() == State(0, 0, 0.0, 0)
+    assert names(redis) == ["n"]
+
+
+def test_what_is_superseded_and_written(journal, redis):
+    """It is done with like any other, and nothing of it is remembered."""
+    seq = put(journal, "key")
+    claim = journal.hold("key")
+    for _ in range(2):
+        journal.supersede("key", journal.now())
+    assert journal.settle(claim, written=seq) is True
+    assert names(redis) == ["n"]
+
+
+def test_what_has_taken_the_place_of_what_is_superseded(redis_server, make):
+    """A newer value stays, whatever became of the claim of the older one."""
+    journal = make(redis_server.url, lease_s=0.05)
+    put(journal, "key", b"old")
+    claim = journal.hold("key")
+    journal.supersede("key", journal.now())
+    is_left(journal, claim)
+    put(journal, "key", b"new")
+    assert payloads(journal.hold("key").records) == [b"new"]
+    assert journal.state().pending == 1
+
+
+@pytest.mark.parametrize(
+    ("writer", "superseded"), [("w", ["w"]), ("l", []), ("v", ["v"]), ("", ["w", "v"])]
+)
+def test_dead_letters_that_a_holder_has_superseded(journal, redis, writer, superseded):
+    """Those that coalesce and are older, of the writer or of all, also when the key has no more."""
+    for name in ("w", "l", "v"):
+        give_up(journal, "key", writer=name, coalesces=name != "l")
+    give_up(journal, "other")
+    assert journal.settle(journal.hold("key"), supersedes=None) is True
+    claim = journal.hold("key")
+    put(journal, "key", writer="later", coalesces=False)
+    assert journal.settle(claim, supersedes=writer) is True
+    give_up(journal, "key", b"later", writer="later", coalesces=False)
+    letters = journal.dead_letters()
+    refused = [letter for letter in letters if letter.is_superseded]
+    assert [(one.record.key, one.record.writer) for one in refused] == [
+        ("key", name) for name in superseded
+    ]
+    for letter in refused:
+        with pytest.raises(ConflictError, match="superseded"):
+            journal.requeue(letter.id)
+    for letter in letters:
+        assert journal.drop(letter.id) is True
+    written_of(journal)
+    assert names(redis) == ["dead", "n"]
+
+
+def test_what_a_holder_supersedes_and_is_given_up_later(journal):
+    """A dead letter that is older than what was written is superseded, whenever it became one."""
+    seq = put(journal, "key")
+    assert journal.settle(journal.hold("key"), supersedes="w") is True
+    failure = Failure(seq, "no", is_final=True)
+    assert journal.settle(journal.hold("key"), failure=failure) is True
+    assert journal.dead_letters()[0].is_superseded
 
 
 @pytest.mark.parametrize(
@@ -356,6 +568,67 @@ def test_many_keys_that_others_have(journal):
         assert 0 < wait_s <= 10
         assert journal.settle(claim) is True
     assert len(journal.claim(1000, home="mine")[0]) == 231
+
+
+def test_only_so_many_keys_are_looked_at(journal, redis):
+    """What is behind a thousand keys of others is claimed when they are gone; nothing is read."""
+    journal.beat("mine")
+    for number in range(1050):
+        put(journal, f"mine{number}", writer="", home="mine")
+    put(journal, "free")
+    redis.execute("CONFIG", "RESETSTAT")
+    claims, wait_s = journal.claim(1, home="other")
+    assert claims == []
+    assert 0 < wait_s <= 1
+    assert calls(redis, "hgetall") == 0
+    assert len(journal.claim(1000, home="mine")[0]) == 1000
+    (claim,), wait_s = journal.claim(1, home="other")
+    assert claim.key == "free"
+    assert wait_s > 0
+
+
+def test_more_is_due_than_fits_a_page(journal):
+    """Where the limit is reached at its end, the next ones are due at once."""
+    for number in range(101):
+        put(journal, f"key{number}")
+    claims, wait_s = journal.claim(100, home="me")
+    assert (len(claims), wait_s) == (100, 0)
+
+
+# --- When the clock of Redis is set back ----------------------------------------------------------
+
+
+def test_a_clock_that_is_set_back_by_an_hour(journal, redis):
+    """Nobody waits an hour for the claims and the homes of processes that are gone."""
+    for key in ("claimed", "held", "written"):
+        put(journal, key)
+    put(journal, "home", writer="", home="gone")
+    journal.beat("gone")
+    claim, holder = journal.hold("claimed"), journal.hold("held")
+    journal.hold("empty")
+    journal.hold("written")
+    set_back(redis, 3600)
+    redis.execute("ZADD", f"{PLACE}due", 1, "home")
+    put(journal, "written", b"new")
+    assert journal.state().pending == 4
+    assert journal.hold("held").records == holder.records
+    claims = {one.key: one for one in journal.claim(9, home="me")[0]}
+    assert sorted(claims) == ["claimed", "home", "written"]
+    assert payloads(claims["written"].records) == [b"new"]
+    assert journal.settle(claim) is False
+    assert journal.settle(holder) is False
+    for one in claims.values():
+        assert journal.settle(one, written=one.records[-1].seq) is True
+
+
+def test_a_clock_that_is_set_back_a_little(journal, redis):
+    """Within a lease nobody loses a claim."""
+    put(journal, "key")
+    claim = journal.hold("key")
+    set_back(redis, 5)
+    assert journal.hold("key") is None
+    assert journal.claim(9, home="me", early=True)[0] == []
+    assert journal.settle(claim, written=claim.records[-1].seq) is True
 
 
 # --- When Redis is away ---------------------------------------------------------------------------
@@ -549,6 +822,23 @@ def test_a_redis_that_loads(redis_server, make, redis):
     until(lambda: reached(late))
     assert payloads([late.newest("key")]) == [b"old"]
     assert late.state().pending == 1
+
+
+def test_a_redis_that_became_a_replica(redis_server, make, redis):
+    """A write is refused, and is accepted again when it takes writes."""
+    journal = make(redis_server.url)
+    put(journal, "key", b"old")
+    redis.execute("REPLICAOF", "127.0.0.1", "1")
+    with pytest.raises(ExternalServiceError, match="read only") as caught:
+        journal.append("key", entry(b"new"), writer="w")
+    assert caught.value.unavailable
+    until(lambda: journal._redis.state == "down")
+    with pytest.raises(CacheUnavailable):
+        journal.append("key", entry(b"new"), writer="w")
+    redis.execute("REPLICAOF", "NO", "ONE")
+    until(lambda: reached(journal))
+    assert payloads([journal.newest("key")]) == [b"old"]
+    put(journal, "key", b"new")
 
 
 def test_a_redis_that_is_full(journal, redis):

@@ -131,6 +131,68 @@ def test_nothing_is_made_before_it_is_used(path, journal):
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
 
 
+def test_a_link_to_nothing_yet(path, store):
+    """What a symbolic link leads to is made for nobody else to read, too."""
+    path.parent.mkdir()
+    link = path.parent / "link.db"
+    link.symlink_to(path)
+    journal = SqliteJournal(link, store)
+    put(journal)
+    assert journal.path == path.resolve()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    journal.close()
+
+
+def test_a_log_that_had_to_be_large(path, store, monkeypatch):
+    """After a large write the log is cut again."""
+    monkeypatch.setattr(sqlite_file, "_LOG_BYTES", 2**16)
+    journal = SqliteJournal(path, store)
+    log = path.with_name("journal.db-wal")
+    journal.append("large", entry(random.Random(1).randbytes(6 * 2**20)), writer="w")
+    assert log.stat().st_size > 6 * 2**20
+    put(journal, "small")
+    assert log.stat().st_size <= 2**16
+    journal.close()
+
+
+def test_a_file_that_had_to_be_large(journal, clock):
+    """What is free is given back step by step, but for some that is kept for what comes."""
+    journal.append("large", entry(random.Random(1).randbytes(6 * 2**20)), writer="w")
+
+    def pages():
+        return journal._file._connected().execute("PRAGMA page_count").fetchone()[0]
+
+    full = pages()
+    claim = journal.hold("large")
+    assert journal.settle(claim, written=claim.records[0].seq) is True
+    assert pages() == full
+    steps = []
+    for _ in range(4):
+        clock.now += 1
+        journal.claim(1, home="me")
+        steps.append(full - pages())
+    assert steps[0] == sqlite_file._SHRINK_PAGES
+    assert steps[0] < steps[1] < steps[2] == steps[3]
+    assert pages() > sqlite_file._FREE_PAGES - sqlite_file._SHRINK_PAGES
+    assert put(journal)
+
+
+def test_a_file_that_cannot_shrink(journal, clock):
+    """What was asked for is done all the same."""
+    journal.append("large", entry(random.Random(1).randbytes(6 * 2**20)), writer="w")
+    claim = journal.hold("large")
+    journal.settle(claim, written=claim.records[0].seq)
+
+    def deny(action, name, *_):
+        is_it = (action, name) == (sqlite3.SQLITE_PRAGMA, "incremental_vacuum")
+        return sqlite3.SQLITE_DENY if is_it else sqlite3.SQLITE_OK
+
+    journal._file._connection.set_authorizer(deny)
+    clock.now += 1
+    assert put(journal)
+    assert journal.newest("key")
+
+
 def test_each_write_is_synced(journal):
     """The log is ahead of the file, and synced at each commit."""
     put(journal)
@@ -253,15 +315,20 @@ def test_a_disk_that_is_full(journal, store):
     assert journal.append("large", large, writer="w")
 
 
-def test_a_commit_that_fails(journal, store):
-    """Where nobody knows whether a write is accepted, nothing older than it is served."""
-    put(journal)
+def deny_commits(journal):
+    """Let the next commit fail, after which there is a new connection."""
 
     def deny(action, name, *_):
         is_commit = (action, name) == (sqlite3.SQLITE_TRANSACTION, "COMMIT")
         return sqlite3.SQLITE_DENY if is_commit else sqlite3.SQLITE_OK
 
     journal._file._connection.set_authorizer(deny)
+
+
+def test_a_commit_that_fails(journal, store):
+    """Where nobody knows whether a write is accepted, nothing older than it is served."""
+    put(journal)
+    deny_commits(journal)
     with pytest.raises(DatabaseError, match="not authorized"):
         put(journal, coalesces=False)
     assert store.read("key") is None
@@ -376,6 +443,89 @@ def test_reading_syncs_nothing(journal):
     journal.explain("key")
     journal.dead_letters()
     assert begun == ["BEGIN"] * 4
+
+
+def count_steps(journal, call):
+    """About how much SQLite has to do for it."""
+    steps = []
+    connection = journal._file._connected()
+    connection.set_progress_handler(lambda: steps.append(1), 10)
+    call()
+    connection.set_progress_handler(None, 0)
+    return len(steps)
+
+
+def test_much_at_home_is_not_looked_at(journal, clock):
+    """A claim is not longer at it where another process has many keys of its own."""
+    journal.beat("other")
+    steps = []
+    for start in (0, 10):
+        for number in range(start, 100 * start + 10):
+            put(journal, f"key{number}", home="other")
+        steps.append(count_steps(journal, lambda: journal.claim(5, home="me")))
+    assert steps[1] < steps[0] + 10
+    assert len(journal.claim(2000, home="other")[0]) == 1010
+
+
+def test_keys_know_their_home(journal, clock):
+    """Whatever is done with a key, the home in its row is that of its oldest record."""
+    chance, claims = random.Random(1), []
+    for number in range(400):
+        key, home = f"key{number % 5}", chance.choice(["", "one", "two"])
+        act = chance.randrange(8)
+        if act < 4:
+            put(journal, key, home=home, coalesces=chance.random() < 0.7)
+        elif act == 4:
+            claims += journal.claim(2, home="me")[0]
+        elif act == 5:
+            journal.supersede(key, journal.now() - 5)
+        elif act == 6 and claims:
+            claim = claims.pop(0)
+            failure = Failure(claim.records[-1].seq, "no", is_final=True)
+            journal.settle(claim, written=claim.records[0].seq, failure=failure)
+        elif letters := journal.dead_letters(1):
+            journal.drop(letters[0].id) if letters[0].is_superseded else journal.requeue(
+                letters[0].id
+            )
+        clock.now += chance.choice([0, 0.1, 3])
+        sql = (
+            "SELECT key, home, COALESCE((SELECT home FROM records r WHERE r.key = k.key"
+            " ORDER BY seq LIMIT 1), '') FROM keys k"
+        )
+        rows = journal._read(lambda connection, sql=sql: connection.execute(sql).fetchall())
+        assert all(home == oldest for _, home, oldest in rows)
+
+
+def test_a_clock_that_is_set_back(path, journal, clock):
+    """Claims and homes of before do not last for as long as the clock was set back."""
+    other = SqliteJournal(path, LocalStore(1))
+    for key in ("one", "two", "three"):
+        put(journal, key)
+    journal.beat("mine")
+    put(journal, "mine", home="mine")
+    for key in ("one", "two", "three"):
+        assert journal.hold(key)
+    clock.now -= 0.5
+    assert other.hold("one") is None
+    assert other.claim(9, home="other", early=True)[0] == []
+    clock.now -= 900
+    assert other.hold("one")
+    claims, _ = other.claim(9, home="other", early=True)
+    assert {claim.key for claim in claims} == {"two", "three", "mine"}
+    assert journal.claim(9, home="mine", early=True)[0] == []
+    other.close()
+
+
+def test_a_holder_whose_clock_is_set_back(journal, clock):
+    """He has his claim until somebody else takes it, and renews it as ever."""
+    seq = put(journal, "one")
+    put(journal, "two")
+    one, two = journal.hold("one"), journal.hold("two")
+    clock.now -= 900
+    assert journal.settle(one, written=seq) is True
+    journal.renew([two])
+    assert journal.hold("two") is None
+    assert journal.claim(9, home="me", early=True)[0] == []
 
 
 def test_a_sequence_is_ahead_of_the_clock(journal, clock):
@@ -506,6 +656,27 @@ def test_the_later_write_is_cached(path):
     journal.append("key", entry(b"third"), writer="w")
     assert store.read("key").payload == b"third"
     assert journal._turns._by_key == {}
+    journal.close()
+
+
+def test_a_write_of_which_nobody_knows(path):
+    """While others write its key, nothing older than it comes into the cache."""
+    store = SlowStore()
+    journal = SqliteJournal(path, store)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(journal.append, "key", entry(b"first"), writer="w", coalesces=False)
+        store.is_in.wait(10)
+        deny_commits(journal)
+        with pytest.raises(DatabaseError, match="not authorized"):
+            journal.append("key", entry(b"second"), writer="w", coalesces=False)
+        store.write("key", entry(b"loaded"))
+        assert journal.append("key", entry(b"third"), writer="w", coalesces=False)
+        assert store.read("key") is None
+        store.may_go.set()
+        assert first.result()
+    assert store.read("key") is None
+    journal.append("key", entry(b"fourth"), writer="w")
+    assert store.read("key").payload == b"fourth"
     journal.close()
 
 
@@ -661,6 +832,7 @@ from flask_muset.cache_strategies.sqlite_journal import SqliteJournal
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError
 
+allocate_lock = monkey.get_original("_thread", "allocate_lock")
 gevent.sleep(0)  # there is a hub from here on
 
 class Bench:
@@ -694,9 +866,12 @@ class Bench:
 
     def start_and_be_taken(self, *call):
         job = self.start(*call)
-        while self.journal._file._queue:
+        while not self.is_taken():
             gevent.sleep(0.001)
         return job
+
+    def is_taken(self):
+        return not self.journal._file._queue
 """
 
 _SCENES = """
@@ -742,6 +917,18 @@ def cut_off_within(bench):
     gevent.sleep(0.01)
     return [before, pending, bench.store.read("first") is None]
 
+def cut_off_the_later(bench):
+    bench.lock()
+    jobs = [gevent.spawn(bench.put, "key", coalesces=False) for _ in range(2)]
+    gevent.sleep(0.001)
+    while not bench.is_taken():
+        gevent.sleep(0.001)
+    jobs[1].kill()
+    bench.unlock()
+    jobs[0].get(timeout=30)
+    gevent.sleep(0.01)
+    return [bench.store.read("key") is None, bench.pending]
+
 def cut_off_with_claims(bench):
     found = []
     for ask in (partial(bench.journal.claim, 10, home="h"), partial(bench.journal.hold, "first")):
@@ -784,15 +971,59 @@ def use_native_threads(bench):
     jobs += [gevent.spawn(work, f"green:{number}") for number in range(5)]
     return [all(job.get() for job in jobs), bench.pending]
 
+def use_native_threads_with_hubs(bench):
+    pool, ended = gevent.get_hub().threadpool, []
+    def work(name):
+        gevent.sleep(0)
+        return bench.put(name)
+    for turn in range(30):
+        jobs = [pool.spawn(work, f"native:{turn}:{number}") for number in range(4)]
+        gevent.sleep(0.0005 * (turn % 2))
+        jobs += [gevent.spawn(bench.put, f"green:{turn}:{number}") for number in range(4)]
+        gevent.wait(jobs, timeout=30)
+        ended.append(all(job.ready() and job.successful() for job in jobs))
+        if not ended[-1]:
+            break
+    return [all(ended), bench.pending]
+
+def use_no_thread_of_the_hub(bench):
+    pool, lock = gevent.get_hub().threadpool, allocate_lock()
+    lock.acquire()
+    def wait():
+        with lock:
+            return True
+    taken = [pool.spawn(wait) for _ in range(pool.maxsize)]
+    done = gevent.spawn(bench.put, "key")
+    done.join(30)
+    found = [done.ready(), any(job.ready() for job in taken)]
+    lock.release()
+    return found + [all(job.get() for job in taken)]
+
 def tell_risks_and_close(bench):
     risks = bench.journal.risks()
+    thread = bench.journal._file._thread
+    sizes = [thread.size]
     bench.journal.close()
-    return [type(risks).__name__, bench.journal._file._connection is None, bench.pending]
+    sizes.append(thread.size)
+    return [type(risks).__name__, bench.journal._file._connection is None, sizes, bench.pending]
+
+def close_while_others_write(bench):
+    bench.lock()
+    jobs = [bench.start_and_be_taken(bench.put, "one")]
+    jobs.append(bench.start(bench.put, "two"))
+    closing = bench.start(bench.journal.close)
+    closing.kill()
+    closing = bench.start(bench.journal.close)
+    bench.unlock()
+    closing.get(timeout=30)
+    gevent.joinall(jobs, timeout=30, raise_error=True)
+    return bench.pending
 
 def fork(bench):
     pid = os.fork()
     if not pid:
         bench.put("child")
+        bench.journal.close()
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
     bench.put("parent")
@@ -800,8 +1031,9 @@ def fork(bench):
 
 result = {}
 for scene in (
-    share, go_on, cut_off_before, cut_off_within, cut_off_with_claims, kill_the_flusher, be_late,
-    use_native_threads, tell_risks_and_close, fork,
+    share, go_on, cut_off_before, cut_off_within, cut_off_the_later, cut_off_with_claims,
+    kill_the_flusher, be_late, use_native_threads, use_native_threads_with_hubs,
+    use_no_thread_of_the_hub, tell_risks_and_close, close_while_others_write, fork,
 ):
     try:
         result[scene.__name__] = scene(Bench(scene.__name__))
@@ -838,6 +1070,11 @@ def test_who_is_cut_off_in_his_turn(greenlets):
     assert greenlets["cut_off_within"] == [True, 2, True]
 
 
+def test_the_later_one_is_cut_off(greenlets):
+    """Of two writes of a key in one transaction the older is not left in the cache."""
+    assert greenlets["cut_off_the_later"] == [True, 3]
+
+
 def test_claims_of_who_is_cut_off(greenlets):
     """A claim that nobody has got is given back, so that others need not wait for its end."""
     assert greenlets["cut_off_with_claims"] == [1, 1]
@@ -858,9 +1095,24 @@ def test_a_native_thread_under_gevent(greenlets):
     assert greenlets["use_native_threads"] == [True, 201]
 
 
+def test_a_native_thread_with_a_hub(greenlets):
+    """A hub that a native thread has for one call serves nobody else, and nobody hangs."""
+    assert greenlets["use_native_threads_with_hubs"] == [True, 241]
+
+
+def test_the_hub_s_threads_are_taken(greenlets):
+    """A file has a thread of its own, so that nobody waits for what others do in the hub's."""
+    assert greenlets["use_no_thread_of_the_hub"] == [True, False, True]
+
+
 def test_risks_and_closing_under_gevent(greenlets):
-    """What may block is done beside the hub, and the next use opens the file again."""
-    assert greenlets["tell_risks_and_close"] == ["list", True, 1]
+    """What may block is done beside the hub; a thread ends; the next use opens the file again."""
+    assert greenlets["tell_risks_and_close"] == ["list", True, [1, 0], 1]
+
+
+def test_closing_under_gevent_while_others_write(greenlets):
+    """They are served all the same, and so if who closes is cut off."""
+    assert greenlets["close_while_others_write"] == 3
 
 
 def test_a_fork_under_gevent(greenlets):
