@@ -277,10 +277,6 @@ class Cache(Journal, Protocol):
         """Forget a key; who is fetching it now does not put it in any more."""
         ...
 
-    def invalidate(self, key: str) -> bool:
-        """The same in the cache alone: no writer of the key is told."""
-        ...
-
     def writer(
         self,
         name: str,

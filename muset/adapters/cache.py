@@ -54,10 +54,6 @@ class NoCache:
         """There is nothing to forget."""
         return True
 
-    def invalidate(self, key: str) -> bool:
-        """There is nothing to forget."""
-        return True
-
     def writer(
         self,
         name: str,

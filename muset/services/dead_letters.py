@@ -9,8 +9,6 @@ from muset.ports import Cache
 
 __all__ = ["DeadLetterService"]
 
-_PAGE = 1000
-
 
 class DeadLetterService:
     """Lists them, has them written again, or forgets them.
@@ -50,26 +48,13 @@ class DeadLetterService:
             ConflictError: A newer write has superseded it, so it can only be dropped.
             CacheUnavailable: The journal is away.
         """
-        key = self._key_of(letter_id)
         do = self._cache.requeue if action == "requeue" else self._cache.drop
-        if key is None or not do(letter_id):
+        if not do(letter_id):
             raise NotFoundError(
                 f"no dead letter has the id {letter_id!r}",
                 resource_type="dead letter",
                 details={"id": letter_id},
             )
-        # It may have kept what the source had meanwhile, or a value that is now dropped.
-        self._cache.invalidate(key)
-
-    def _key_of(self, letter_id: str) -> str | None:
-        """Most are settled in their order, so the first page has it."""
-        after = ""
-        while found := self._cache.dead_letters(_PAGE, after=after):
-            for letter in found:
-                if letter["id"] == letter_id:
-                    return str(letter["key"])
-            after = found[-1]["id"]
-        return None
 
 
 def _with_dates(letter: Mapping[str, Any]) -> dict[str, Any]:

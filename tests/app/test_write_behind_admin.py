@@ -160,15 +160,6 @@ def test_what_was_settled_is_read_at_once(
     assert kept(services) == [read]
 
 
-def test_one_behind_many_is_found(client, admin, give_up, monkeypatch):
-    """The letter that is settled may be on any page; those before it stay."""
-    monkeypatch.setattr("muset.services.dead_letters._PAGE", 2)
-    _, letters = give_up(*"abcde")
-    assert settle(client, admin, letters[4]["id"], action="drop").status_code == 200
-    assert settle(client, admin, letters[4]["id"], action="drop").status_code == 404
-    assert client.get(LETTERS, headers=admin).json["items"] == letters[:4]
-
-
 def test_who_may_and_what_is_refused(client, admin, member):
     """Members get 403; an unknown id is 404, an unknown action and a wrong page are 422."""
     assert client.get(LETTERS, headers=member).status_code == 403

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -406,6 +406,21 @@ class Cache:
                 is_done = self.store.end_write(began, written)
                 self._loader.detach(key)
         return is_done
+
+    def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
+        """Let a dead letter be written again; whether there was one."""
+        return self._settled(self.behind.requeue(id))
+
+    def drop(self, id: str) -> bool:  # noqa: A002
+        """Forget a dead letter; whether there was one."""
+        return self._settled(self.behind.drop(id))
+
+    def _settled(self, key: str | None) -> bool:
+        """Forget what the cache has: what the source had meanwhile, or what is dropped."""
+        if key is not None:
+            with suppress(ValueError):  # of a key that others have put in and nobody can ask for
+                self.invalidate(key)
+        return key is not None
 
     def explain(self, key: str) -> dict[str, Any]:
         """What there is about a key."""

@@ -71,7 +71,7 @@ def _requeue(cache: "Cache") -> click.Command:
     def command(ids: tuple[str, ...]) -> None:
         """Let dead letters be written again."""
         for one in ids:
-            if not cache.behind.journal.requeue(one):
+            if not cache.requeue(one):
                 raise click.ClickException(f"there is no dead letter {one!r}.")
             click.echo(f"{one} is written again")
 
@@ -84,7 +84,7 @@ def _drop(cache: "Cache") -> click.Command:
     def command(ids: tuple[str, ...]) -> None:
         """Forget dead letters: these writes are lost."""
         for one in ids:
-            if not cache.behind.journal.drop(one):
+            if not cache.drop(one):
                 raise click.ClickException(f"there is no dead letter {one!r}.")
             click.echo(f"{one} is dropped")
 

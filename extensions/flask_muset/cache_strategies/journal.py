@@ -264,6 +264,10 @@ class Journal(Protocol):
         """Those that were given up, in the order of when; raises ValueError for a wrong `after`."""
         ...
 
+    def key_of(self, id: str, /) -> str | None:  # noqa: A002 - the field's name
+        """The key of a dead letter; None if there is no such."""
+        ...
+
     def requeue(self, id: str, /) -> bool:  # noqa: A002 - the field's name
         """Let a dead letter be written again: at its old place in the order, its attempts at 0.
 

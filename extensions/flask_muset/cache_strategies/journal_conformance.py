@@ -131,6 +131,17 @@ class JournalSuite:
         assert journal.state().pending == 1
         assert journal.state().pending_bytes == 0
 
+    def test_the_key_of_a_dead_letter(self, journal: _Tested) -> None:
+        """So that the cache can forget it where the letter is settled."""
+        seq = _put(journal, "kéy")
+        (claim,), _ = journal.claim(1, home="me", early=True)
+        journal.settle(claim, failure=Failure(seq, "no", is_final=True))
+        (letter,) = journal.dead_letters()
+        assert journal.key_of(letter.id) == "kéy"
+        journal.drop(letter.id)
+        assert journal.key_of(letter.id) is None
+        assert journal.key_of("nothing like that") is None
+
     def test_what_waits_of_several_keys(self, journal: _Tested, other_journal: _Tested) -> None:
         """Those that have records, claimed ones too; not those that are only held."""
         for number in range(0, 3000, 2):

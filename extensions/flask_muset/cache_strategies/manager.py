@@ -384,11 +384,11 @@ class CacheManager:
         Raises:
             ConflictError: A newer value was accepted since: this one would bring the old one back.
         """
-        return self._cache().behind.requeue(id)
+        return self._cache().requeue(id)
 
     def drop(self, id: str) -> bool:  # noqa: A002
         """Forget a dead letter: its write is lost. Whether there was one."""
-        return self._cache().behind.journal.drop(id)
+        return self._cache().drop(id)
 
     def cached(
         self, key_prefix: str | None = None, expire: float | None = None, **options: Any

@@ -297,6 +297,13 @@ class RedisJournal:
             after = letters[-1].id
         return letters
 
+    def key_of(self, id: str, /) -> str | None:  # noqa: A002 - the field's name
+        """The key of a dead letter; None if there is no such."""
+        if not _id.fullmatch(id):
+            return None
+        found = self._redis.execute("XRANGE", self._name("dead"), id, id)
+        return _letter(found[0][0], found[0][1], 0).record.key if found else None
+
     def requeue(self, id: str, /) -> bool:  # noqa: A002 - the field's name
         """Let a dead letter be written again; whether there was one.
 

@@ -506,6 +506,16 @@ class SqliteJournal:
 
         return self._read(work)
 
+    def key_of(self, id: str, /) -> str | None:  # noqa: A002 - the field's name
+        """The key of a dead letter."""
+        number = _number(id)
+
+        def work(connection: sqlite3.Connection) -> str | None:
+            row = connection.execute("SELECT key FROM dead WHERE id = ?", (number,)).fetchone()
+            return None if row is None else str(row[0])
+
+        return None if number is None else self._read(work)
+
     def requeue(self, id: str, /) -> bool:  # noqa: A002 - the field's name
         """Let a dead letter be written again; its key is due at once."""
         number = _number(id)

@@ -280,13 +280,20 @@ class WriteBehind:
             SYSTEM.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_WAIT_S)
 
-    def requeue(self, id: str) -> bool:  # noqa: A002 - the field's name
-        """Let a dead letter be written again; whether there was one."""
-        is_done = self.journal.requeue(id)
+    def requeue(self, id: str) -> str | None:  # noqa: A002 - the field's name
+        """Let a dead letter be written again; its key, None if there was none."""
+        key = self.journal.key_of(id)
+        if key is None or not self.journal.requeue(id):
+            return None
         self._is_used = True
-        self.start()
+        self.begin()
         self.drain.wake()
-        return is_done
+        return key
+
+    def drop(self, id: str) -> str | None:  # noqa: A002
+        """Forget a dead letter; its key, None if there was none."""
+        key = self.journal.key_of(id)
+        return key if key is not None and self.journal.drop(id) else None
 
     # --- Reading
 
