@@ -890,6 +890,13 @@ class JournalSuite:
         assert settle("") == [True, True, False, False]
         assert journal.requeue(journal.dead_letters()[2].id) is True
 
+    def test_a_claim_that_was_no_hold_supersedes_nothing(self, journal: _Tested) -> None:
+        """What it has written is not newer than what was given up."""
+        _give_up(journal, "key")
+        seq = _put(journal, "key", writer="v")
+        assert journal.settle(_one(journal), written=seq, supersedes="w") is True
+        assert not _letter(journal).is_superseded
+
     def test_who_came_too_late_supersedes_nothing(self, journal: _Tested) -> None:
         """A claim that has ended marks no dead letter."""
         _give_up(journal, "key")

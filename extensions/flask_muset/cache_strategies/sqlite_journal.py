@@ -155,7 +155,7 @@ SELECT MIN(at) FROM (
         SELECT due FROM keys WHERE home = p.home AND due > :now AND token IS NULL
         ORDER BY due LIMIT 1
     ) AS at FROM places p
-    UNION ALL SELECT MIN(MAX(due, IIF({_LASTS}, until, 0))) FROM keys
+    UNION ALL SELECT MIN(MAX(due, until)) FROM keys
         WHERE token IS NOT NULL AND +due IS NOT NULL AND (until > :now OR due > :now)
         AND SUBSTR(token, 1, LENGTH(:call)) <> :call
     UNION ALL SELECT h.until FROM places p JOIN homes h ON h.home = p.home
@@ -190,10 +190,11 @@ _SUPERSEDE_DEAD: Final = """
 UPDATE dead SET is_superseded = 1
 WHERE key = :key AND :writer IN (writer, '') AND coalesces AND seq < :seq
 """
-_BRING_BACK: Final = f"""
+#: It is no record of the key's last claim, not even where that has ended by itself.
+_BRING_BACK: Final = """
 INSERT INTO records (seq, key, writer, coalesces, home, since, apart, data)
 SELECT seq, key, writer, coalesces, home, since,
-    (SELECT token FROM keys k WHERE k.key = d.key AND {_LASTS}), data
+    (SELECT token FROM keys k WHERE k.key = d.key), data
 FROM dead d WHERE id = :id
 """
 _AGE_OUT: Final = f"""

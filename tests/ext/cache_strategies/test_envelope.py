@@ -143,7 +143,7 @@ def test_a_damaged_envelope_is_unreadable():
             unpack(data + b"\0", SHIFT_US)
 
 
-@repeatable(max_examples=1000)
+@repeatable(max_examples=800)
 @given(st.binary(max_size=120))
 def test_random_bytes(data):
     """Bytes of nobody are unreadable, also with the right beginning and the right checksum."""
@@ -154,7 +154,7 @@ def test_random_bytes(data):
         unpack(sealed(b"\xc1m\x01" + data), SHIFT_US)
 
 
-@repeatable(max_examples=1000)
+@repeatable(max_examples=800)
 @given(entries, st.data())
 def test_damage_by_whoever_knows_the_checksum(entry, data):
     """An envelope that was changed and sealed again is an entry or unreadable, nothing else."""

@@ -509,6 +509,8 @@ def test_a_clock_that_is_set_back(path, journal, clock):
     assert other.hold("one") is None
     assert other.claim(9, home="other", early=True)[0] == []
     clock.now -= 900
+    put(other, "two")
+    assert other.state().pending == 4
     assert other.hold("one")
     claims, _ = other.claim(9, home="other", early=True)
     assert {claim.key for claim in claims} == {"two", "three", "mine"}
@@ -1224,6 +1226,24 @@ def test_a_letter_that_comes_back_is_due(journal, clock):
     assert {claim.key for claim in journal.claim(9, home="me")[0]} == {"pauses", "held"}
 
 
+@pytest.mark.parametrize("after_s", [0, 100])
+def test_a_letter_that_comes_back_is_not_superseded(journal, clock, after_s):
+    """What somebody brings back is not forgotten with what a claim had, whenever that ends."""
+    old = put(journal)
+    journal.settle(journal.hold("key"), failure=Failure(old, "no", is_final=True))
+    journal.append("key", entry(b"new"), writer="v")
+    claim = journal.hold("key")
+    clock.now += 1
+    journal.supersede("key", journal.now())
+    clock.now += after_s
+    assert journal.requeue(journal.dead_letters()[0].id) is True
+    assert journal.settle(claim) is not bool(after_s)
+    for _ in range(2):
+        claim = journal.hold("key")
+        assert [record.seq for record in claim.records] == [old]
+        assert journal.settle(claim) is True
+
+
 def test_what_is_superseded_leaves_nothing(journal):
     """A key without records has no row."""
     put(journal)
@@ -1244,6 +1264,8 @@ def test_what_was_held_is_swept(journal, clock):
     """Keys that were held without a record by somebody who is gone take no room."""
     for number in range(5):
         journal.hold(f"key{number}")
+    put(journal, "key4", home="mine")
+    journal.supersede("key4", journal.now() + 1)
     clock.now += 100
     claim = journal.hold("other")
     rows = journal._read(lambda connection: connection.execute("SELECT key FROM keys").fetchall())

@@ -282,7 +282,7 @@ def test_write_through_does_not_go_out_of_turn(place):
 )
 def test_interleaved_puts_and_deletes_end_right(place, prove):
     """With 20 % errors each key ends at its last value; one that always fails is a dead letter."""
-    check_interleaved(place, prove, 10_000 if prove.full else 600)
+    check_interleaved(place, prove, 10_000 if prove.full else 250)
 
 
 def check_interleaved(place, prove, count):
@@ -772,7 +772,8 @@ def test_how_much_waits_is_told(place):
     while "muset_write_behind_pending 1.0" not in text:
         assert time.monotonic() < end
         time.sleep(0.05)
-        text = client.get("/metrics").text
+        with client.get("/metrics") as response:
+            text = response.text
     assert 'muset_cache_operations_total{operation="write_behind",status="ok"} 1.0' in text
 
 

