@@ -467,6 +467,13 @@ def test_much_at_home_is_not_looked_at(journal, clock):
     assert len(journal.claim(2000, home="other")[0]) == 1010
 
 
+def test_the_wait_for_a_key_with_a_home(journal, clock):
+    """A key that is not due yet is waited for, whoever's it is."""
+    put(journal, "later", delay_s=90)
+    put(journal, "key", home="mine", delay_s=50)
+    assert journal.claim(9, home="mine") == ([], pytest.approx(50))
+
+
 def test_keys_know_their_home(journal, clock):
     """Whatever is done with a key, the home in its row is that of its oldest record."""
     chance, claims = random.Random(1), []
