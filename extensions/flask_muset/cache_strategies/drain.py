@@ -40,7 +40,7 @@ _CROWDED_AGAIN_S = 1.0
 _WIDE = 32
 #: Between two tries to settle a claim.
 _AGAIN_S = 0.5
-#: How much longer than it may write the end of a process waits for the loop.
+#: How much longer the end of a process waits for writers that are at it, and then for the loop.
 _SLACK_S = 0.5
 
 
@@ -238,7 +238,7 @@ class Drain:
         if is_first:
             self.wake()
             # The loop writes, so that a writer that hangs does not keep the process from ending.
-            self._ended.wait(timeout_s + _SLACK_S)
+            self._ended.wait(timeout_s + 2 * _SLACK_S)
 
     def _finish(self, closes_at: float) -> None:
         left_s = closes_at - SYSTEM.now()
@@ -246,6 +246,10 @@ class Drain:
             if left_s > 0:
                 # Late in the life of a process no thread can be started.
                 self.flush(left_s, beside=is_patched())
+            # What is being written is written again unless its claim is settled.
+            until = SYSTEM.now() + _SLACK_S
+            while self._busy and SYSTEM.now() < until:
+                time.sleep(0.005)
         finally:
             while self._jobs:
                 self._give_back([self._jobs.popleft()])
