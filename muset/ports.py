@@ -3,9 +3,10 @@
 Services are written against these names alone; `muset.app` hands the adapters in.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
@@ -204,6 +205,84 @@ class Provider(Protocol):
         self, question: str, retrieval: Retrieval, *, model: str, max_tokens: int | None
     ) -> ProviderAnswer:
         """Answer from the passages alone."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model of a provider; prices in the currency's units for a million tokens."""
+
+    name: str
+    input_price: Decimal = Decimal(0)
+    output_price: Decimal = Decimal(0)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelQuestion:
+    """What a provider is asked.
+
+    Attributes:
+        question: As the user wrote it.
+        retrieval: The passages that it may use; a text may refer to the first as [1].
+        model: Name of one of the provider's models.
+        max_tokens: Length of the answer at most; None for the provider's own limit.
+    """
+
+    question: str
+    retrieval: Retrieval
+    model: str
+    max_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """The next piece of the answer's text, not empty."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cited:
+    """A source of the text, told by a provider that quotes."""
+
+    citation: Citation
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What the answer has cost; a zero is a zero."""
+
+    input_tokens: int
+    output_tokens: int
+    estimated: bool = False
+
+
+class StreamingProvider(Protocol):
+    """A source of answers.
+
+    Attributes:
+        name: For people, metrics and the ledger.
+        models: The first one is used where none is asked for.
+        has_markers: Whether its texts refer to passages as [1], [2] and so on; else it cites.
+    """
+
+    name: str
+    models: tuple[Model, ...]
+    has_markers: bool
+
+    def stream(self, question: ModelQuestion) -> Iterator[Delta | Cited | Tokens]:
+        """Answer from the passages alone; no text at all means that they do not say it.
+
+        The iterator ends only when the answer is complete. Closing it, also while it waits, closes
+        the connection.
+
+        Raises:
+            ExternalServiceError: It was cut off or cannot be read (502); or `unavailable` (503):
+                refused, asked too often (with its `retry_after`), or, not `retryable`, the
+                provider does not take our key.
+            OperationTimeoutError: No token for the idle time (504).
+            ValidationError: The question is too long for the model.
+        """
         ...
 
 

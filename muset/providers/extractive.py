@@ -1,9 +1,20 @@
 """Answers without a model: the sentences of the passages that speak most about the question."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from muset.ports import AnswerStatus, Citation, ProviderAnswer, Retrieval, ScoredPassage, Span
+from muset.ports import (
+    AnswerStatus,
+    Citation,
+    Cited,
+    Delta,
+    ModelQuestion,
+    ProviderAnswer,
+    Retrieval,
+    ScoredPassage,
+    Span,
+    Tokens,
+)
 from muset.services.text import split_sentences, terms
 
 __all__ = ["ExtractiveProvider"]
@@ -62,6 +73,22 @@ class ExtractiveProvider:
             input_tokens=0,
             output_tokens=0,
         )
+
+    has_markers = False
+
+    def stream(self, question: ModelQuestion) -> Iterator[Delta | Cited | Tokens]:
+        """Quote at most four sentences, or say nothing where the passages do not cover it."""
+        answer = self.answer(
+            question.question,
+            question.retrieval,
+            model=question.model,
+            max_tokens=question.max_tokens,
+        )
+        if answer.text:
+            yield Delta(answer.text)
+        for citation in answer.citations:
+            yield Cited(citation)
+        yield Tokens(0, 0)
 
 
 def _best_of(candidates: Sequence[_Candidate], chosen: _Candidate) -> _Candidate:
