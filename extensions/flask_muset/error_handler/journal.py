@@ -218,10 +218,13 @@ class RecentErrors:
     def first(self, fingerprint: str, fault: dict[str, Any], occurrence: Occurrence) -> None:
         """Keep a new fault, its description and its first occurrence."""
         with self._lock:
-            self._kept.setdefault(fingerprint, _Kept(fault))
-            while len(self._kept) > self._keep:
-                self._kept.popitem(last=False)
-        self.again(fingerprint, occurrence)
+            if fingerprint not in self._kept:
+                kept = self._kept[fingerprint] = _Kept(fault, count=1)
+                kept.last.append((time.time(), occurrence))
+                while len(self._kept) > self._keep:
+                    self._kept.popitem(last=False)
+                return
+        self.again(fingerprint, occurrence)  # another request has been here first
 
     def newest(self) -> list[dict[str, Any]]:
         """Plain redacted copies, what happened last first."""

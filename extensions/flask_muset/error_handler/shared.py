@@ -133,13 +133,13 @@ class SharedErrors:
         """Begin to send what is new, if that has not begun."""
         if not has_lasting_hub():
             return
+        closing, ended = make_event(), make_event()
         with self._lock:
             if self.is_started:
                 return
-            self.is_started = True
-        self._closing, self._ended = make_event(), make_event()
+            self._closing, self._ended, self.is_started = closing, ended, True
         try:
-            loop = partial(_loop, weakref.ref(self), self._closing, self._ended)
+            loop = partial(_loop, weakref.ref(self), closing, ended)
             run_beside(loop, name="shared-errors")
         except RuntimeError as error:
             # There are too many threads, or the process ends. The next error tries again.
