@@ -348,38 +348,44 @@ def good(fingerprint, **other):
 OCCURRENCE = {"request_id": "", "method": "", "path": "", "message": "", "details": {}, "at": ""}
 
 
-@pytest.mark.parametrize(
-    ("fault", "count", "newest"),
-    [
-        (b"\xff\xfe\x00", "1", json.dumps(OCCURRENCE)),
-        ("[1, 2]", "1", json.dumps(OCCURRENCE)),
-        ("{}", "1", json.dumps(OCCURRENCE)),
-        ("[" * 100_000, "1", json.dumps(OCCURRENCE)),
-        ("x" * 1_000_000, "1", json.dumps(OCCURRENCE)),
-        (good("ffff", status="500"), "1", json.dumps(OCCURRENCE)),
-        (good("eeee"), "1", json.dumps(OCCURRENCE)),
-        (good("ffff"), "many", json.dumps(OCCURRENCE)),
-        (good("ffff"), "-3", json.dumps(OCCURRENCE)),
-        (good("ffff"), "1", "null"),
-        (good("ffff"), "1", json.dumps(OCCURRENCE | {"details": []})),
-        (good("ffff"), "1", None),
-        (None, None, None),
-    ],
-)
-def test_what_others_have_written_is_left_out(redis_server, raw, caplog, fault, count, newest):  # noqa: F811
-    """An entry that cannot be read is skipped with one line, and is no error for who asks."""
+def foreign(fingerprint):
+    """Descriptions, counts and occurrences of which one each is of somebody else's making."""
+    fine, once = good(fingerprint), json.dumps(OCCURRENCE)
+    return [
+        (b"\xff\xfe\x00", "1", once),
+        ("[1, 2]", "1", once),
+        ("{}", "1", once),
+        ("[" * 100_000, "1", once),
+        ("x" * 1_000_000, "1", once),
+        (good(fingerprint, status="500"), "1", once),
+        (good("other"), "1", once),
+        (fine, "many", once),
+        (fine, "-3", once),
+        (fine, "1", "null"),
+        (fine, "1", json.dumps(OCCURRENCE | {"details": []})),
+    ]
+
+
+def test_what_others_have_written_is_left_out(redis_server, raw, caplog):  # noqa: F811
+    """Entries that cannot be read are skipped with one line, and are no error for who asks."""
     app = make_app(redis_server)
     fail(app)
     assert counts(app) == {"ValueError": 1}
-    raw.execute("ZADD", raw.key("f1:seen"), "+inf", "ffff")
-    if fault is not None:
-        raw.execute("HSET", raw.key("f1:f:ffff"), "fault", fault, "count", count)
-    if newest is not None:
-        raw.execute("ZADD", raw.key("f1:n:ffff"), 1, newest)
+    names = [f"foreign-{number}" for number in range(len(foreign("")))]
+    for number, name in enumerate(names):
+        fault, count, newest = foreign(name)[number]
+        raw.execute("HSET", raw.key(f"f1:f:{name}"), "fault", fault, "count", count)
+        raw.execute("ZADD", raw.key(f"f1:n:{name}"), 1, newest)
+    for name in ("without-occurrences", "fine"):
+        raw.execute("HSET", raw.key(f"f1:f:{name}"), "fault", good(name), "count", 1)
+    raw.execute("ZADD", raw.key("f1:n:fine"), 1, json.dumps(OCCURRENCE))
+    for name in (*names, "without-occurrences", "without-anything", "fine"):
+        raw.execute("ZADD", raw.key("f1:seen"), "3000000000000000", name)
+    raw.execute("ZADD", raw.key("f1:seen"), "+inf", "foreign-0")
     with caplog.at_level(logging.WARNING, "flask_muset.error_handler"):
-        assert counts(app) == {"ValueError": 1}
+        assert counts(app) == {"ValueError": 1, "x": 1}
     lines = [record.getMessage() for record in caplog.records if "cannot be read" in record.msg]
-    assert [line[:13] for line in lines] == ["1 kept errors"]
+    assert [line.split()[0] for line in lines] == ["13"]
 
 
 def test_keys_of_another_kind_give_way(redis_server, raw):  # noqa: F811
