@@ -157,9 +157,9 @@ def create_app(settings: Settings | None = None) -> Flask:
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
-    ErrorHandler(app)
-    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     redis = _redis(app, settings)
+    ErrorHandler(app, redis=redis)
+    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     if redis is None and settings.web_concurrency > 1:
         app.config["CACHE_STRATEGIES_ENABLED"] = False
         _log.warning(
