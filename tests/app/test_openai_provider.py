@@ -709,34 +709,38 @@ def stream(way):
 def kill(way):
     reader = gevent.spawn(list, stream(way))
     gevent.sleep(0.3)
+    print_time(way)
     reader.kill()
 
 def close(way):
     pieces = stream(way)
     reader = gevent.spawn(list, pieces)
     gevent.sleep(0.3)
+    print_time(way)
     pieces.close()
     reader.join()
     assert "closed by its caller" in str(reader.exception), reader.exception
 
 def timeout(way):
+    print_time(way, 0.3)
     with gevent.Timeout(0.3, False):
         list(stream(way))
 
 def expire(way):
+    print_time(way, 0.3)
     try:
         with deadline(0.3):
             list(stream(way))
     except Exception as error:
         assert error.message == "not done within 0.3 s", error
 
-def give_up(way):
-    globals()[way.partition(" ")[0]](way)
-    print(way, time.time(), sep="=", flush=True)
+def print_time(way, later=0):
+    print(way, time.time() + later, sep="=", flush=True)
 
 WAYS = [f"{way} {when}" for way in ("kill", "close", "timeout", "expire")
         for when in ("before the first token", "between two tokens")]
-gevent.joinall([gevent.spawn(give_up, way) for way in WAYS], raise_error=True)
+readers = [gevent.spawn(globals()[way.partition(" ")[0]], way) for way in WAYS]
+gevent.joinall(readers, raise_error=True)
 print("done", flush=True)
 gevent.sleep(5)
 """
