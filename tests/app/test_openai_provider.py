@@ -41,6 +41,8 @@ from muset.providers import connections, openai
 from muset.providers.openai import OpenAIProvider
 from muset.providers.prompt import UNSAID, Beginning, messages_of
 from muset.providers.sse import Event, EventReader
+from muset.testing.script import KINDS
+from muset.testing.upstream import Upstream
 
 KEY = "test-key-4711-very-secret"
 PASSAGES = (
@@ -59,10 +61,10 @@ def provider_of(wire, **options):
     return OpenAIProvider("main", url, (Model("small"),), api_key=KEY, **options)
 
 
-def ask(wire, *, seconds=10.0, provider=None, **options):
+def ask(wire, *, seconds=10.0, provider=None, question="How old are oaks?", **options):
     """The text and the tokens of one answer."""
     with deadline(seconds):
-        pieces = list((provider or provider_of(wire)).stream(asking(**options)))
+        pieces = list((provider or provider_of(wire)).stream(asking(question, **options)))
     assert [type(p) for p in pieces] == [Delta] * (len(pieces) - 1) + [Tokens]
     assert all(delta.text for delta in pieces[:-1])
     return "".join(delta.text for delta in pieces[:-1]), pieces[-1]
@@ -810,6 +812,57 @@ def test_a_forked_child_has_connections_of_its_own():
         child = _in_subprocess(FORK, wire.base_url)
         assert child.communicate(timeout=30)[0] == "done\n"
         assert (len(wire.requests), wire.connections) == (3, 2)
+
+
+# --- against the scripted server ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def upstream():
+    with Upstream(seed=1, models=["small"], api_key=KEY) as upstream:
+        yield upstream
+
+
+#: Status and `unavailable` of what each fault becomes, None for an answer.
+OUTCOMES = {
+    "ok": None, "rate_limited": (503, True), "server_error": (502, False),
+    "unavailable": (503, True), "unauthorized": (503, True), "forbidden": (503, True),
+    "context_length": (422, None), "refused": (502, False), "hang": (504, None),
+    "slow_first_token": (504, None), "slow_drip": None, "cut": (502, False),
+    "truncated": (502, False), "stall": (504, None), "malformed": (502, False),
+    "stream_error": (502, False), "filtered": (502, False), "zero_usage": None,
+    "missing_usage": None, "invented": None, "unsaid": None,
+}  # fmt: skip
+
+
+def test_every_fault_of_the_scripted_server(upstream):
+    """Each becomes the documented error or the whole answer, and one request is made for it."""
+    assert OUTCOMES.keys() == KINDS.keys()
+    provider = provider_of(upstream, idle_timeout_s=0.3)
+    for kind, expected in OUTCOMES.items():
+        upstream.reset()
+        upstream.script([kind])
+        if expected is None:
+            ask(upstream, provider=provider)
+        else:
+            error = error_of(upstream, provider=provider, seconds=0.5 if expected[0] == 504 else 10)
+            assert (error.status, getattr(error, "unavailable", None)) == expected, kind
+        assert [seen.outcome for seen in upstream.settled()] == [kind]
+
+
+def test_answers_of_the_scripted_server(upstream):
+    """It reads our prompt: quotes with their markers, or our sentence, and bills what it saw."""
+    upstream.reset()
+    upstream.script(["ok", "unsaid", "zero_usage", "missing_usage"])
+    provider = provider_of(upstream)
+    text, tokens = ask(upstream, provider=provider, question="When are elms cut?")
+    assert text == "Elms are cut in autumn [2]."
+    assert ask(upstream, provider=provider)[0] == ""
+    assert ask(upstream, provider=provider)[1] == Tokens(0, 0)
+    assert ask(upstream, provider=provider)[1].estimated
+    (seen, *_) = upstream.settled()
+    assert tokens == Tokens(seen.input_tokens, seen.tokens)
+    assert upstream.state["connections"] <= 2
 
 
 # --- the prompt -----------------------------------------------------------------------------------
