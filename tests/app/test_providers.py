@@ -143,6 +143,7 @@ PRICE = "models = [{name = 'small', input_price = %s}]"
         (MAIN + "policy = {retry = 3}", ["policy.retry must be a table"]),
         (MAIN + "policy = {retry = {tries = 3}}", ["policy.retry.tries is not known"]),
         (MAIN + "policy = {timeout = {seconds = 0}}", ["policy.timeout", "above 0", "got 0"]),
+        (MAIN + "policy = {bulkhead = {max_wait = 1}}", ["policy.bulkhead.limit must be set"]),
         (MAIN + "options = {region = 'x'}", ["options ['region'] are not known"]),
         ('[[providers]]\nname = "x"\nkind = "extractive"', ["is named 'extractive'"]),
     ],
