@@ -18,7 +18,7 @@ from flask_muset.resilience.guards import Part
 from muset.ports import Model, StreamingProvider
 from muset.settings import Settings, SettingsError
 
-__all__ = ["Configured", "ProviderConfig", "load_providers"]
+__all__ = ["Configured", "ProviderConfig", "is_sendable", "load_providers"]
 
 _GROUP = "muset.providers"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
@@ -66,6 +66,11 @@ class Configured:
 
     provider: StreamingProvider
     policy: Mapping[str, Mapping[str, Any]]
+
+
+def is_sendable(key: str) -> bool:
+    """Whether a key is printable ASCII without spaces, and not empty, as a header must have it."""
+    return re.fullmatch(r"[!-~]+", key, re.ASCII) is not None
 
 
 def load_providers(settings: Settings) -> tuple[Configured, ...]:
@@ -204,7 +209,7 @@ class _Entry:
 
     def key(self, found: str) -> str:
         """A key that can be sent in a header."""
-        if not (found.isascii() and found.isprintable() and found and " " not in found):
+        if not is_sendable(found):
             raise SettingsError(
                 f"{self.where}: the API key must be printable ASCII without spaces and not empty; "
                 "write it as you were given it, without quotes."

@@ -277,8 +277,8 @@ def test_ends_that_are_complete(name, handler):
         (says(chunk(" \n"), chunk(finish="length"), DONE), "without text"),
         (says(chunk("Oaks "), chunk(finish="content_filter"), DONE), "refuses"),
         (says(b'data: {"choices": [{"delta": {"refusal": "no"}}]}\n\n', DONE), "refuses"),
-        (says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE), "502 : boom"),
-        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "502 : boom"),
+        (says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE), "502: boom"),
+        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "502: boom"),
         (answers(200, b"<html>log in</html>"), "before its end"),
         (answers(200, [1]), "cannot be read"),
         (answers(200, {"choices": []}), "without text"),
@@ -568,6 +568,17 @@ def test_no_token_for_the_idle_time():
         left.clear()
 
 
+def test_a_slow_reader_is_not_a_slow_server():
+    """What has come while nobody read it is read, however long that took."""
+    with Wire(says(chunk("Oaks "), chunk("grow "), chunk("old."), STOP, DONE)) as wire:
+        pieces = provider_of(wire, idle_timeout_s=0.2).stream(asking())
+        found = []
+        for piece in pieces:
+            found.append(piece)
+            time.sleep(0.25 if len(found) < 3 else 0)
+    assert [piece.text for piece in found[:-1]] == ["Oaks ", "grow ", "old."]
+
+
 def test_a_deadline_holds_between_tokens_too():
     """Where a deadline is still running, it ends an answer before the idle time does."""
     with Wire(stalls_after(chunk("Oaks "))) as wire:
@@ -597,6 +608,21 @@ def test_nothing_is_sent_before_it_is_asked_for():
     with Wire(says(DONE)) as wire:
         provider_of(wire).stream(asking()).close()
         assert wire.connections == 0
+
+
+def test_a_stream_that_was_closed_does_not_look_complete():
+    """Who goes on reading it gets an error; one that was read to its end stays at its end."""
+    with Wire(says(chunk("Oaks "), chunk("grow."), DONE)) as wire:
+        pieces = provider_of(wire).stream(asking())
+        next(pieces)
+        pieces.close()
+        for _ in range(2):
+            with pytest.raises(ExternalServiceError, match="closed by its caller"):
+                next(pieces)
+        pieces = provider_of(wire).stream(asking())
+        assert len(list(pieces)) == 3
+        pieces.close()
+        assert list(pieces) == []
 
 
 def test_a_connection_whose_answer_was_read_is_used_again():
@@ -845,7 +871,7 @@ def test_every_fault_of_the_scripted_server(upstream):
         if expected is None:
             ask(upstream, provider=provider)
         else:
-            error = error_of(upstream, provider=provider, seconds=0.5 if expected[0] == 504 else 10)
+            error = error_of(upstream, provider=provider, seconds=0.3 if expected[0] == 504 else 10)
             assert (error.status, getattr(error, "unavailable", None)) == expected, kind
         assert [seen.outcome for seen in upstream.settled()] == [kind]
 
@@ -879,6 +905,14 @@ def test_passages_are_numbered_and_marked_as_data():
     assert (lines[1], lines[4]) == ("[1] Oaks", "[2] Elms")
     assert lines[-1] == "Question: Why?"
     assert messages_of(asking("Why?")) == messages_of(asking("Why?"))
+
+
+def test_every_question_can_be_sent():
+    """Half a surrogate pair and control characters, too."""
+    with Wire(says(chunk("Old."), DONE)) as wire:
+        ask(wire, question="\ud800 \x00 ö?")
+        sent = wire.requests[0].body["messages"][1]["content"]
+    assert sent.endswith("Question: ? \x00 ö?")
 
 
 def test_a_passage_cannot_end_the_passages():
