@@ -430,24 +430,19 @@ def test_an_error_inside_a_stream(error, expected):
         assert error_of(wire).status == expected
 
 
-def _tls(tmp_path):
-    """The context of a server whose certificate nobody knows."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+#: A certificate that nobody knows, and its key.
+CERTIFICATE = Path(__file__).parents[1] / "data" / "tls.pem"
+
+
+def _tls():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    return context, certificate
+    context.load_cert_chain(CERTIFICATE)
+    return context
 
 
-def test_a_server_that_cannot_be_reached(tmp_path):
+def test_a_server_that_cannot_be_reached():
     """Refused, not resolved and not trusted are unavailable, and may be tried again."""
-    context, _ = _tls(tmp_path)
-    with Wire(says(DONE), tls=context) as wire:
+    with Wire(says(DONE), tls=_tls()) as wire:
         for url in (f"http://127.0.0.1:{free_port()}", "http://host.invalid", wire.base_url):
             error = error_of(url)
             assert (error.status, error.unavailable, error.retryable) == (503, True, True)
@@ -455,13 +450,12 @@ def test_a_server_that_cannot_be_reached(tmp_path):
         assert wire.requests == []
 
 
-def test_tls(tmp_path, monkeypatch):
+def test_tls(monkeypatch):
     """A trusted server is used, its connection kept, and closed while a thread waits for it."""
-    context, certificate = _tls(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
     left = []
     good = says(chunk("Old."), DONE)
-    with Wire(good, good, stalls_after(chunk("Oaks "), left=left), tls=context) as wire:
+    with Wire(good, good, stalls_after(chunk("Oaks "), left=left), tls=_tls()) as wire:
         provider = provider_of(wire)
         assert ask(wire, provider=provider)[0] == ask(wire, provider=provider)[0] == "Old."
         assert wire.connections == 1
