@@ -15,7 +15,7 @@ it counts from before it asked, and spends nothing of it when it has said that i
 Never refused at 0.9 of the limit. What is lent and never spent, by a process that died too, stood
 in Redis for T, so in any t seconds it is at most `R * (t / T + 1)`, a twentieth of the limit and R.
 With another R that is lent now, such a caller is charged at most `0.95 * L * t / period + 2 * R`
-and what it comes with at once: there is room for 0.85 of the limit at once. So nothing has to be
+and what it comes with at once: there is room for 0.84 of the limit at once. So nothing has to be
 given back, and no number of a process is believed.
 """
 
@@ -47,8 +47,10 @@ _LENT_FROM = 10.0
 _LEASE_S = 60.0
 #: The part of a lease's time that the reserve is.
 _RESERVE = 1 / 20
-#: How long a refusal holds where hits are lent, at least the time of one hit: what comes back
-#: meanwhile is lent in one piece, so that a caller above the limit costs a few questions a second.
+#: The part of the reserve that must be there for a hit to count, at most 0.1 s of the limit: what
+#: trickles in is lent in pieces, so that a caller above the limit costs a few questions a second.
+_LEAST = 1 / 30
+#: How long a refusal holds where hits are lent, longer than one of Redis ever says.
 _PAUSE_S = 0.2
 
 _HIT = Script(Path(__file__).with_name("rate_limit_hit.lua").read_text("utf-8"))
@@ -102,8 +104,11 @@ class SharedLimit:
         interval_us = math.ceil(period * _US / limit)
         burst_us = (limit - self._reserve) * interval_us
         lease_us = math.floor(lease_s * _US)
-        self._numbers = (interval_us, burst_us, self._reserve, lease_us)
-        self._interval_ns, self._burst_ns = interval_us * _NS_PER_US, burst_us * _NS_PER_US
+        least = max(1, int(self._reserve * _LEAST))
+        self._numbers = (interval_us, burst_us, self._reserve, lease_us, least)
+        self._interval_ns = interval_us * _NS_PER_US
+        #: When so much is missing, the next hit is refused.
+        self._full_ns = burst_us * _NS_PER_US - (least - 1) * self._interval_ns
         self._lease_ns = lease_us * _NS_PER_US
         self._pause_ns = int(_PAUSE_S * _NS) if self._reserve else 0
         self._patience_ns = int(redis.budget_s * _NS)
@@ -147,14 +152,16 @@ class SharedLimit:
         left = caller.left
         if left and now < caller.ends_at:
             caller.left = left = left - 1
-            whole_ns = caller.whole_at - now
-            if whole_ns < 0:
-                whole_ns = 0
-            room = (self._burst_ns - whole_ns) // self._interval_ns
-            return Hit(True, left + room, whole_ns / _NS, 0.0)
+            return self._allowed(left, caller.whole_at - now)
         if now < caller.refused_until:
             return self._refused(caller, now)
         return None
+
+    def _allowed(self, left: int, whole_ns: int) -> Hit:
+        if whole_ns < 0:
+            whole_ns = 0
+        room = (self._full_ns - whole_ns) // self._interval_ns
+        return Hit(True, left + room if room > 0 else left, whole_ns / _NS, 0.0)
 
     def _refused(self, caller: _Caller, now: int) -> Hit:
         # Where hits are lent, other processes may refuse for the whole pause from now on.
@@ -221,5 +228,4 @@ class SharedLimit:
                 caller.lease, caller.left = lease, lent
                 caller.ends_at = before + self._lease_ns
                 caller.whole_at = whole_at
-        room = (self._burst_ns - whole_us * _NS_PER_US) // self._interval_ns
-        return Hit(True, lent + room, whole_us / _US, 0.0)
+        return self._allowed(lent, whole_us * _NS_PER_US)

@@ -79,7 +79,7 @@ class Fleet:
         self.passed = []
         source = module._HIT.source
         assert [source.count(part) for part in (_TIME, _NOW, _EXPIRE)] == [1, 1, 1]
-        source = source.replace(_TIME, "local time = {ARGV[7], ARGV[8]}")
+        source = source.replace(_TIME, "local time = {ARGV[8], ARGV[9]}")
         source = source.replace(_NOW, _NOW + _EXPIRES).replace(_EXPIRE, "expire(")
         self._script = Script(source)
 
