@@ -7,7 +7,7 @@ reserve R, what is charged at once at most L - R, a lease lasts T, and `R <= L *
 Each lease is an eighth of what is free of the reserve: no process has to know how many there are,
 and none finds nothing left because another one was first.
 
-Never exceeded. What is lent is charged when it is lent. What is spent in any t seconds was lent
+Never exceeded, by Redis's clock. What is lent is charged when it is lent. What is spent in any t seconds was lent
 when they began, at most R, or was charged within them, at most `L - R + L * t / period`. Together
 that is `L * (1 + t / period)`. A process takes its lease to be over no later than Redis does, since
 it counts from before it asked, and spends nothing of it when it has said that it is over.
@@ -202,9 +202,10 @@ class SharedLimit:
         if mine is not None:
             over, lease = caller.lease, f"{self._process}-{next(self._names):x}"
             caller.lease, caller.left = "", 0
+        name = f"{self._prefix}{key}".encode("utf-8", "surrogatepass")
         before = self._clock.now_ns()
         try:
-            reply = self.redis.script(_HIT, [self._prefix + key], [*self._numbers, over, lease])
+            reply = self.redis.script(_HIT, [name], [*self._numbers, over, lease])
             return self._note(caller, lease, before, reply)
         except MusetError:
             return None  # GuardedRedis has told it

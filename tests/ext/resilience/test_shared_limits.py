@@ -61,6 +61,8 @@ class Fleet:
     Attributes:
         now_us: The time.
         delay_us: How long a question takes to get to Redis.
+        back_us: How long an answer takes to come back.
+        asked: How many questions there were.
         lost: What happens to the next question: `question`, `answer`, `late`, or nothing, "".
         late: Questions that Redis has not read yet; nobody waits for them.
     """
@@ -73,7 +75,8 @@ class Fleet:
         self.limit = limit
         self.period = period
         self.now_us = 1_900_000_000_000_000
-        self.delay_us = 0
+        self.delay_us = self.back_us = self.asked = 0
+        self.counted_us = None
         self.lost = ""
         self.late = []
         self.passed = []
@@ -101,6 +104,7 @@ class Fleet:
     def script(self, script, keys, args):
         """A question of a process."""
         assert script is module._HIT
+        self.asked += 1
         self.now_us += self.delay_us
         lost, self.lost = self.lost, ""
         if lost == "late":
@@ -108,15 +112,18 @@ class Fleet:
         if lost in ("question", "late"):
             raise OperationTimeoutError("lost")
         answer = self.run(keys, args)
+        self.counted_us = self.now_us
+        self.now_us += self.back_us
         if lost == "answer":
             raise OperationTimeoutError("lost")
         return answer
 
     def hit(self, process):
-        """One hit, noted if it passes."""
+        """One hit; if it passes, the moment at which it was counted is noted."""
+        self.counted_us = None
         hit = process.hit("caller")
         if hit is not None and hit.allowed:
-            self.passed.append(self.now_us)
+            self.passed.append(self.counted_us or self.now_us)
         return hit
 
     def most(self):
@@ -170,7 +177,7 @@ def test_never_exceeded_whatever_happens(redis):
     )
     def check(limit, delay_us, steps):
         fleet = Fleet(redis, *limit)
-        fleet.delay_us = delay_us
+        fleet.delay_us, fleet.back_us = delay_us, 20_000 - delay_us
         processes = [fleet.process() for _ in range(6)]
         for step, which, amount in steps:
             take_step(fleet, processes, step, which, amount)
@@ -226,7 +233,7 @@ def test_waiting_as_told_is_enough_in_any_process(redis, limit):
     processes = [fleet.process() for _ in range(4)]
     refused = 0
     while refused < 40:
-        fleet.delay_us = rng.randrange(3_000)
+        fleet.delay_us, fleet.back_us = rng.randrange(3_000), rng.randrange(3_000)
         fleet.now_us += int(rng.expovariate(4 * limit[0] / limit[1]) * 1e6)
         hit = fleet.hit(rng.choice(processes))
         assert 0 <= hit.remaining < limit[0]
@@ -235,7 +242,7 @@ def test_waiting_as_told_is_enough_in_any_process(redis, limit):
             refused += 1
             assert 0 < hit.retry_after <= max(limit[1] / limit[0], 0.2) + 0.001
             fleet.now_us += round(hit.retry_after * 1e6)
-            fleet.delay_us = 0
+            fleet.delay_us = fleet.back_us = 0
             assert fleet.hit(rng.choice(processes)).allowed
     assert fleet.most() <= limit[0]
 
@@ -282,15 +289,48 @@ def test_a_clock_that_is_set_back(redis):
 def test_what_a_dead_process_was_lent_comes_back(redis):
     """Its lease is missing until it is over, and then its hits can be lent again."""
     fleet = Fleet(redis, 600, 60.0)
-    for _ in range(60):
+    for at_us in (0, 30_000_000):
+        fleet.now_us += at_us
+        for _ in range(40):
+            fleet.hit(fleet.process())
         fleet.hit(fleet.process())
-    fleet.now_us += 59_000_000
+    fleet.now_us += 29_999_999
     late = fleet.process()
     fleet.hit(late)
     assert late._callers["caller"].left == 0
-    fleet.now_us += 1_000_000
+    fleet.now_us += 1
     fleet.hit(late)
     assert late._callers["caller"].left == math.ceil(30 / 8)
+
+
+def test_a_process_holds_its_lease_no_longer_than_redis(redis):
+    """The time of a lease counts from before it was asked for; what is left then is not spent."""
+    fleet = Fleet(redis, 600, 60.0)
+    fleet.delay_us = fleet.back_us = 20_000
+    process, began = fleet.process(), fleet.now_us
+    fleet.hit(process)
+    fleet.now_us = began + 59_999_999
+    fleet.hit(process)
+    assert fleet.asked == 1
+    fleet.now_us = began + 60_000_000
+    fleet.hit(process)
+    assert fleet.asked == 2
+
+
+def test_a_late_question_ends_no_other_lease(redis):
+    """Redis reads a question after the next one: the lease of that one is still counted as lent."""
+    fleet = Fleet(redis, 600, 60.0)
+    process = fleet.process()
+    while fleet.asked < 2 or process._callers["caller"].left:
+        fleet.hit(process)
+    fleet.lost = "late"
+    assert fleet.hit(process) is None
+    assert fleet.hit(process).allowed
+    caller = process._callers["caller"]
+    held = f"{caller.left}:{fleet.now_us + 60_000_000}"
+    fleet.run(*fleet.late.pop())
+    assert redis.execute("HGET", "limit:x:caller", caller.lease) == held.encode()
+    assert redis.execute("HLEN", "limit:x:caller") == 3
 
 
 # --- What it costs Redis --------------------------------------------------------------------------
@@ -338,6 +378,15 @@ def test_what_is_remembered_is_bounded(redis, monkeypatch):
     assert len(limit._shared._callers) == 50
     assert not limit.hit("greedy").allowed
     assert questions(redis) == asked + 61
+
+
+def test_any_text_is_a_key(redis):
+    """What is no valid text, as a header may be, is counted in Redis and apart from others."""
+    one, two = RateLimit(1, 3600), RateLimit(1, 3600)
+    for limit in (one, two):
+        limit.share(redis, "x")
+    for key in ("\udc80", "\udc81", "ü\0 {x}", ""):
+        assert [limit.hit(key).allowed for limit in (one, two)] == [True, False]
 
 
 def test_keys_expire_when_the_limit_is_whole(redis):
@@ -618,16 +667,15 @@ def test_large_limit(redis, redis_server, workers, prove):
     assert min(ratios.values()) >= 10
 
 
-def test_counts_outlive_the_processes(redis_server):
+def test_counts_outlive_the_processes(redis_server, workers):
     """What a worker counted holds for its successor, although it was killed."""
-    old, new = LimitWorker(), LimitWorker()
-    for worker in (old.wait(), new.wait()):
+    old, new = LimitWorker().wait(), workers[0]
+    for worker in (old, new):
         worker.run(set_up(redis_server, 60, 3600))
     count = "result = [limit.hit('a').allowed for _ in range(40)].count(True)"
     assert old.run(count) == 40
     old.kill()
     assert new.run(count) == 20
-    new.kill()
 
 
 LOAD = """
