@@ -7,10 +7,11 @@ reserve R, what is charged at once at most L - R, a lease lasts T, and `R <= L *
 Each lease is an eighth of what is free of the reserve: no process has to know how many there are,
 and none finds nothing left because another one was first.
 
-Never exceeded, by Redis's clock. What is lent is charged when it is lent. What is spent in any t seconds was lent
-when they began, at most R, or was charged within them, at most `L - R + L * t / period`. Together
-that is `L * (1 + t / period)`. A process takes its lease to be over no later than Redis does, since
-it counts from before it asked, and spends nothing of it when it has said that it is over.
+Never exceeded, by Redis's clock. What is lent is charged when it is lent. What is spent in any t
+seconds was lent when they began, at most R, or was charged within them, at most
+`L - R + L * t / period`. Together that is `L * (1 + t / period)`. A process takes its lease to be
+over no later than Redis does, since it counts from before it asked, and spends nothing of it when
+it has said that it is over.
 
 Never refused at 0.9 of the limit. What is lent and never spent, by a process that died too, stood
 in Redis for T, so in any t seconds it is at most `R * (t / T + 1)`, a twentieth of the limit and R.
@@ -50,8 +51,10 @@ _RESERVE = 1 / 20
 #: The part of the reserve that must be there for a hit to count, at most 0.1 s of the limit: what
 #: trickles in is lent in pieces, so that a caller above the limit costs a few questions a second.
 _LEAST = 1 / 30
-#: How long a refusal holds where hits are lent, longer than one of Redis ever says.
+#: How long a refusal holds where hits are lent, in seconds, and as a part of a short period. It is
+#: longer than Redis ever says, so that what one process has told holds for what others have seen.
 _PAUSE_S = 0.2
+_PAUSE = 1 / 10
 
 _HIT = Script(Path(__file__).with_name("rate_limit_hit.lua").read_text("utf-8"))
 
@@ -110,7 +113,7 @@ class SharedLimit:
         #: When so much is missing, the next hit is refused.
         self._full_ns = burst_us * _NS_PER_US - (least - 1) * self._interval_ns
         self._lease_ns = lease_us * _NS_PER_US
-        self._pause_ns = int(_PAUSE_S * _NS) if self._reserve else 0
+        self._pause_ns = int(min(_PAUSE_S, period * _PAUSE) * _NS) if self._reserve else 0
         self._patience_ns = int(redis.budget_s * _NS)
         self._prefix = redis.key(f"limit:{name}:")
         self._names = count()
