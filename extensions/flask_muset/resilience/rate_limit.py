@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask_muset.clock import SYSTEM, Clock
 from flask_muset.configuration import ABOVE_ZERO, COUNT, check
@@ -12,6 +12,10 @@ from flask_muset.errors import RateLimitError
 from flask_muset.locks import give_lock
 from flask_muset.resilience.guards import Call, Part
 from flask_muset.signals import Decision
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
+    from flask_muset.resilience.shared_limits import SharedLimit
 
 __all__ = ["Hit", "RateLimit"]
 
@@ -44,7 +48,7 @@ class RateLimit(Part):
 
     In any t seconds at most `limit * (1 + t / period)` hits of one key pass. Only the time at which
     each key is free again is kept; it is counted in whole nanoseconds, so nothing is lost to
-    rounding.
+    rounding. Each process counts for itself until the limit is shared.
 
     In a policy it limits the calls of the policy; a refused call gets `RateLimitError`.
 
@@ -68,10 +72,28 @@ class RateLimit(Part):
         self._burst = self._interval * limit
         #: By key the time in nanoseconds at which the whole limit is there again, oldest hit first.
         self._free_at: OrderedDict[str, int] = OrderedDict()
+        self._shared: SharedLimit | None = None
         give_lock(self)
         super().__init__()
 
     _lock: Any
+
+    def share(self, redis: "GuardedRedis", name: str) -> None:
+        """Count in Redis from now on, together with all processes that do so by the same name.
+
+        While Redis is away each process counts for itself, the whole limit. Sharing again with the
+        same two changes nothing; one made by `like` is shared when it is told so itself.
+
+        Args:
+            redis: Where it is counted, under `limit:<name>:<key>`: a key should be no secret.
+            name: Of the limit; the processes give it the same `limit` and `period`.
+        """
+        # Here, because it needs the extra `redis`.
+        from flask_muset.resilience.shared_limits import SharedLimit
+
+        shared = self._shared
+        if shared is None or shared.redis is not redis or shared.name != name:
+            self._shared = SharedLimit(redis, name, self.limit, self.period, self._clock)
 
     def hit(self, key: str = "") -> Hit:
         """Count one hit if it is within the limit; one that is not counts nothing.
@@ -81,6 +103,10 @@ class RateLimit(Part):
         """
         if len(key) > _MAX_KEY_LENGTH:
             key = hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
+        if self._shared is not None:
+            hit = self._shared.hit(key)
+            if hit is not None:
+                return hit
         now = self._clock.now_ns()
         after, over = self._take(key, now)
         if over > 0:
@@ -109,11 +135,11 @@ class RateLimit(Part):
 
     def layer(self, inner: Call) -> Call:
         """Put it round plain calls; nothing is to be done when they end."""
-        clock, take, refuse = self._clock, self._take, self.enter
+        clock, take, enter = self._clock, self._take, self.enter
 
         def limited(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if take("", clock.now_ns())[1] > 0:
-                refuse()
+            if self._shared is not None or take("", clock.now_ns())[1] > 0:
+                enter()
             return inner(fn, args, kwargs)
 
         return limited
