@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flask_muset.clock import SYSTEM, Clock
 from flask_muset.configuration import ABOVE_ZERO, COUNT, check
@@ -12,6 +12,9 @@ from flask_muset.errors import RateLimitError
 from flask_muset.locks import give_lock
 from flask_muset.resilience.guards import Call, Part
 from flask_muset.signals import Decision
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["Hit", "RateLimit"]
 
@@ -69,7 +72,12 @@ class RateLimit(Part):
         #: By key the time in nanoseconds at which the whole limit is there again, oldest hit first.
         self._free_at: OrderedDict[str, int] = OrderedDict()
         give_lock(self)
+        self._shared_as: tuple[Any, str] | None = None
         super().__init__()
+
+    def share(self, redis: "GuardedRedis", name: str) -> None:
+        """Count together with the limits of this name in other processes."""
+        self._shared_as = redis, name
 
     _lock: Any
 
