@@ -20,15 +20,19 @@ class Keep(logging.Handler):
 logging.getLogger("flask_muset").addHandler(Keep())
 logging.getLogger("flask_muset").setLevel(logging.INFO)
 
-config, options = map(json.loads, sys.argv[1:])
 app = Flask("worker")
-app.config.update(config)
-resilience = Resilience()
-policy = resilience.policy("x", CircuitBreaker("x", **options))
-resilience.init_app(app)
-breaker = policy.breaker
+app.config.update(json.loads(sys.argv[1]))
+resilience = Resilience(app)
 names = globals()
 app.app_context().push()
+
+def make(name, **options):
+    # What all else is about from now on; it opens at the first failure.
+    global policy, breaker
+    options = {"failure_threshold": 1, **options}
+    policy = resilience.policy(name, CircuitBreaker(name, **options))
+    breaker = policy.breaker
+    until(lambda: look() == ["closed", "shared"])
 
 def fail():
     raise NetworkError("down")
@@ -65,16 +69,14 @@ class BreakerWorker:
 
     Args:
         redis_url: Of the Redis that all workers share; None for none.
-        config: Further configuration of Resilience, without its prefix.
-        **options: Of its one breaker, which opens at the first failure unless told otherwise.
+        **config: Of Resilience, without its prefix.
     """
 
-    def __init__(self, redis_url, config=None, **options):
-        values = {"REDIS_URL": redis_url, "REDIS_BUDGET": 1.0, **(config or {})}
+    def __init__(self, redis_url, **config):
+        values = {"REDIS_URL": redis_url, "REDIS_BUDGET": 1.0, **config}
         values = {f"RESILIENCE_{name}": value for name, value in values.items()}
-        options = {"failure_threshold": 1, **options}
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _LOOP, json.dumps(values), json.dumps(options)],
+            [sys.executable, "-W", "error", "-c", _LOOP, json.dumps(values)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -1,4 +1,4 @@
-"""One state of a circuit breaker for all processes: two apps stand for two workers, Redis is real."""
+"""One state of a circuit breaker for all: two apps stand for two workers, Redis is real."""
 
 import asyncio
 import contextlib
@@ -135,7 +135,7 @@ def until_shared(*nodes):
 
 
 def test_a_trip_is_everybodys(server, nodes):
-    """What opens in one opens in the other, with the same end; a probe that succeeds closes both."""
+    """What opens in one opens in the other, for as long; a probe that succeeds closes both."""
     a, b = nodes(server.url), nodes(server.url, recovery_timeout=1.0)
     until_shared(a, b)
     trip(b)
@@ -224,7 +224,7 @@ def test_versions_grow_across_an_emptied_redis(own_server, nodes):
 
 
 def test_states_do_not_stay_for_ever(server, nodes):
-    """A state lives for a day longer than it lasts; only one that is forced without an end stays."""
+    """A state is kept for a day longer than it lasts, one forced without an end for ever."""
     a = nodes(server.url, recovery_timeout=100.0)
     until_shared(a)
     client = GuardedRedis(server.url, budget_s=BUDGET_S)
@@ -339,7 +339,7 @@ def test_a_probe_without_an_end_has_its_place_for_the_open_time(server, nodes):
 
 def test_who_is_refused_asks_rarely(server, nodes):
     """While others probe, refusals send nothing but one question a second."""
-    a, b = nodes(server.url, recovery_timeout=1.0), nodes(server.url, recovery_timeout=1.0)
+    a, b = nodes(server.url, recovery_timeout=0.5), nodes(server.url, recovery_timeout=0.5)
     half_open(a, b)
     began = time.monotonic()
 
@@ -512,7 +512,7 @@ def test_what_cannot_be_forced_is_named(server, nodes):
 
 
 def test_from_a_shell(server, nodes):
-    """`flask resilience list` shows what all share; `set` forces all workers, by the policy's name."""
+    """`flask resilience list` shows what all share; `set` forces the breakers of all workers."""
     a, shell = nodes(server.url), nodes(server.url)
     until_shared(a)
     trip(a)
@@ -649,15 +649,14 @@ def test_the_state_of_the_sharing_is_told_once(own_server, nodes, caplog):
     with sharing_changed.connected_to(listen):
         until_shared(a)
         until(lambda: seen == ["shared"])
-        for _ in range(2):
-            own_server.freeze()
-            until(lambda: seen[-1] == "local", 20)
-            own_server.thaw()
-            until(lambda: seen[-1] == "shared", 20)
+        own_server.freeze()
+        until(lambda: seen[-1] == "local", 20)
+        own_server.thaw()
+        until(lambda: seen[-1] == "shared", 20)
     states = [state for state in seen if state != "doubt"]
-    assert states == ["shared", "local", "shared", "local", "shared"]
+    assert states == ["shared", "local", "shared"]
     lines = [record for record in caplog.records if record.name.startswith("flask_muset")]
-    assert len(lines) <= 2 * 3  # doubt, down and up, twice
+    assert len(lines) == 3  # doubt, down and up
     assert {record.name for record in lines} == {"flask_muset.redis"}
 
 
@@ -762,7 +761,7 @@ def test_settings_that_are_not_allowed(key, value):
 
 
 def test_a_name_is_one_breakers(server):
-    """Two breakers with one name stop the start where they would be one; one in two policies is one."""
+    """Two breakers with one name stop the start; one in two policies is one."""
     app = Flask("x")
     app.config["RESILIENCE_REDIS_URL"] = server.url
     resilience = Resilience()
