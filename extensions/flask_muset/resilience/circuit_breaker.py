@@ -174,7 +174,7 @@ class CircuitBreaker(Part):
         #: By which others know it.
         self.shared_name = name
         #: Whether it has the state that others had when this process began.
-        self._is_synchronised = True
+        self.is_synchronised = True
         #: Of the state in common that its own one is based on.
         self._version = 0
         #: Number of the last change that others are to be told, 0 if they know all.
@@ -265,7 +265,7 @@ class CircuitBreaker(Part):
     def _may_wait(self) -> bool:
         if self._sharing is None:
             return False
-        return not self._is_synchronised or self._seen(self._clock.now()) is _HALF_OPEN
+        return not self.is_synchronised or self._seen(self._clock.now()) is _HALF_OPEN
 
     def _leave_unused(self, entered: "Future[_Ticket | None]") -> None:
         if not entered.cancelled() and entered.exception() is None:
@@ -274,7 +274,7 @@ class CircuitBreaker(Part):
                 self._give_back(ticket)
 
     def _synchronise(self) -> None:
-        if not self._is_synchronised and self._sharing is not None:
+        if not self.is_synchronised and self._sharing is not None:
             self._sharing.synchronise()
 
     def _admit(self) -> tuple[_Ticket | None, float | None]:
@@ -423,7 +423,7 @@ class CircuitBreaker(Part):
 
     def _choose_way(self) -> None:
         """How calls begin: in one of the two ways that need no lock, or with care."""
-        is_known, state = self._is_synchronised, self._state
+        is_known, state = self.is_synchronised, self._state
         self._is_plain = is_known and state is _CLOSED and self.mode != "off"
         until = {_OPEN: self._until, _HALF_OPEN: self._asks_at}.get(state, 0.0)
         self._refuses_until = until if is_known and self.mode == "enforce" else 0.0
@@ -494,14 +494,14 @@ class CircuitBreaker(Part):
     def synchronised(self) -> None:
         """It has the state of the others, as far as that is known."""
         with self._lock:
-            self._is_synchronised = True
+            self.is_synchronised = True
             self._choose_way()
 
     def _forked(self) -> None:
         """The probes of the parent end there, and what others do meanwhile is not known here."""
         self._admitted = 0
         if self._sharing is not None:
-            self._is_synchronised = False
+            self.is_synchronised = False
             self._choose_way()
 
     @property
@@ -680,7 +680,7 @@ class CircuitBreaker(Part):
         with self._lock:
             changes = self._close()
             if self._sharing is not None:
-                self._is_synchronised, self._version, self._owes = False, 0, 0
+                self.is_synchronised, self._version, self._owes = False, 0, 0
                 self._choose_way()
         self._tell(changes)
 

@@ -58,6 +58,10 @@ _LEASE_S = 3.0
 _ASK_S = 1.0
 #: How often to ask where it was this process that had no time for the answer.
 _TRIES = 3
+#: Breakers that are read at once, so that Redis is never held up.
+_AT_ONCE = 500
+#: Ten years: what lasts longer is told as lasting so long.
+_LONGEST_S = 10 * 365 * 86_400
 #: Probes whose end is not sent yet. More are dropped: their leases end by themselves.
 _MOST_ENDED = 1000
 
@@ -193,9 +197,12 @@ class SharedBreakers:
             mine.set()
 
     def _synchronise(self) -> None:
-        breakers = list(self._breakers.values())
+        breakers = [one for one in list(self._breakers.values()) if not one.is_synchronised]
         try:
-            self._read()
+            if self._must_read:
+                self._read_all()
+            else:
+                self._read(breakers)
         except MusetError as error:
             _log.debug("the states of circuit breakers are not known: %s", error)
         for breaker in breakers:
@@ -352,7 +359,7 @@ class SharedBreakers:
     def _exchange(self) -> None:
         feed = self._feed
         if self._must_read or feed is None or not feed.is_linked:
-            self._read()
+            self._read_all()
         for breaker in list(self._breakers.values()):
             self._send(breaker)
         while self._ended:
@@ -367,23 +374,27 @@ class SharedBreakers:
             self._renew_at = now + _LEASE_S / 3
             self._renew(now)
 
-    def _read(self) -> None:
-        """Take all states that are stored."""
-        breakers = list(self._breakers.items())
-        known = [breaker.version for _, breaker in breakers]
+    def _read_all(self) -> None:
+        """Take all states that are stored, so that nothing that was missed matters any more."""
         began, self._must_read = time.monotonic(), False
         try:
-            keys = [self._key(name) for name, _ in breakers]
-            states = self._redis.script(_READ, keys)
+            self._read(list(self._breakers.values()))
         except BaseException:
             self._must_read = True
             raise
-        for (_, breaker), seen, stored in zip(breakers, known, states, strict=True):
-            if stored is not None:
-                breaker.adopt(_common_of(stored), seen=seen)
-            else:
-                breaker.owe_anew()
         self._confirmed_at = began
+
+    def _read(self, breakers: Sequence[CircuitBreaker]) -> None:
+        for start in range(0, len(breakers), _AT_ONCE):
+            some = breakers[start : start + _AT_ONCE]
+            known = [breaker.version for breaker in some]
+            keys = [self._key(breaker.shared_name) for breaker in some]
+            states = self._redis.script(_READ, keys)
+            for breaker, seen, stored in zip(some, known, states, strict=True):
+                if stored is not None:
+                    breaker.adopt(_common_of(stored), seen=seen)
+                else:
+                    breaker.owe_anew()
 
     def _send(self, breaker: CircuitBreaker) -> None:
         debt = breaker.debt()
@@ -449,7 +460,9 @@ def _loop(shared_of: "weakref.ref[SharedBreakers]", wake: Any) -> None:
 
 def _ms(seconds: float | None) -> int:
     """Whole milliseconds as scripts take them, -1 for none and for no end."""
-    return -1 if seconds is None or seconds == math.inf else math.ceil(seconds * 1000)
+    if seconds is None or seconds == math.inf:
+        return -1
+    return math.ceil(min(seconds, _LONGEST_S) * 1000)
 
 
 def _common_of(words: Sequence[bytes | str]) -> Common:
