@@ -680,7 +680,8 @@ class CircuitBreaker(Part):
         with self._lock:
             changes = self._close()
             if self._sharing is not None:
-                self.is_synchronised, self._version, self._owes = False, 0, 0
+                self.is_synchronised, self._version = False, 0
+                self._owes, self._insists = 0, False
                 self._choose_way()
         self._tell(changes)
 

@@ -39,7 +39,11 @@ class ErrorRecovery:
             made = self._make(name, options)
             found = self._breakers.setdefault(name, made)
             if found is made:
-                self._added(made)
+                try:
+                    self._added(made)
+                except ValueError:
+                    del self._breakers[name]
+                    raise
                 return made
         differing = [k for k, v in options.items() if found.options.get(k) != v]
         if differing:
@@ -54,7 +58,7 @@ class ErrorRecovery:
         return CircuitBreaker(name, **options)
 
     def _added(self, breaker: CircuitBreaker) -> None:
-        """A breaker is in use from now on."""
+        """A breaker is in use from now on, unless this raises a ValueError."""
 
     def share_breakers(self, other: "ErrorRecovery") -> None:
         """Have the breakers of another one."""

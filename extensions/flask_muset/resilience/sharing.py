@@ -199,7 +199,7 @@ class SharedBreakers:
     def _synchronise(self) -> None:
         breakers = [one for one in list(self._breakers.values()) if not one.is_synchronised]
         try:
-            if self._must_read:
+            if self._confirmed_at == -math.inf:
                 self._read_all()
             else:
                 self._read(breakers)

@@ -272,7 +272,7 @@ def test_a_late_close_changes_nothing(fleet):
     make(fleet, "late", recovery_timeout=0.5)
     sleeper.run("trip()")
     until(lambda: sleeper.state == other.state == "half_open")
-    sleeper.run("probe = gevent.spawn(policy.call, gevent.sleep, 0.2); gevent.sleep(0.05)")
+    sleeper.run("probe = gevent.spawn(policy.call, gevent.sleep, 1.0); gevent.sleep(0.05)")
     os.kill(sleeper.process.pid, signal.SIGSTOP)
     other.run("""
 breaker._open_s = 60
@@ -282,6 +282,7 @@ def probe_fails():
 until(probe_fails)
 until(lambda: breaker.debt() is None)
 """)
+    time.sleep(1.0)  # it has slept for longer than its probe takes
     os.kill(sleeper.process.pid, signal.SIGCONT)
     assert sleeper.run("probe.join(); gevent.sleep(0.5); result = look()") == ["open", "shared"]
     assert other.run("result = look()") == ["open", "shared"]
