@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 from flask import Flask
 from patched import run_patched
-from redis_server import RedisServer
+from redis_server import RedisServer, SlowWay
 
 from flask_muset import Metrics, Resilience, feed
 from flask_muset.errors import CircuitOpenError, NetworkError
@@ -386,32 +386,41 @@ def test_under_gevent_a_killed_question_gives_its_lease_back(server):
                       RESILIENCE_REDIS_BUDGET=2.0)
     resilience = Resilience()
     policy = resilience.policy(
-        "x", CircuitBreaker("x", failure_threshold=1, recovery_timeout=0.2))
+        "x", CircuitBreaker("x", failure_threshold=1, recovery_timeout=60))
     resilience.init_app(app)
     redis = app.extensions["resilience"].redis
+    policy.breaker._open_s = 0.1  # its leases are longer
     def fail(): raise NetworkError
-    try: policy.call(fail)
-    except NetworkError: pass
     key = redis.key("breaker:x")
     leases = lambda: sum(field.startswith(b"probe:") for field in redis.execute("HKEYS", key))
-    gevent.sleep(0.3)
-    killed = 0
-    for n in range(10):
-        asker = gevent.spawn(policy.call, gevent.sleep, 60)
-        gevent.sleep(0)  # it has sent its question
-        asker.kill()
-        killed += not asker.successful() or isinstance(asker.value, gevent.GreenletExit)
-        end = time.monotonic() + 5
-        while leases():
+    began, asking = [], []
+    def until(condition):
+        end = time.monotonic() + 10
+        while not condition():
             assert time.monotonic() < end
             gevent.sleep(0.001)
+    def half_open():
+        try: policy.call(fail)
+        except NetworkError: pass
+        until(lambda: policy.breaker.state == "half_open" and redis.in_use == 0)
+    half_open()
+    policy.call(lambda: 1)  # now Redis has the scripts
+    half_open()
+    for n in range(3):
+        asker = gevent.spawn(policy.call, began.append, n)
+        gevent.sleep(0.02)  # it has sent its question, and Redis's answer is on the way
+        asking.append(redis.in_use)
+        asker.kill()
+        until(lambda: not leases())
     def alone():
         try: return policy.call(lambda: "in a thread")
         except CircuitOpenError: return "refused"
     # A native thread has no hub to ask with: it decides by itself.
-    result = [killed, gevent.get_hub().threadpool.apply(alone), str(policy.breaker.state)]
+    result = [began, asking, gevent.get_hub().threadpool.apply(alone), str(policy.breaker.state)]
     """
-    assert run_patched(code, server.url) == [10, "in a thread", "closed"]
+    way = SlowWay(server.port, 0.05, fixed=True)
+    assert run_patched(code, way.url) == [[], [1, 1, 1], "in a thread", "closed"]
+    way.close()
 
 
 def test_where_asyncio_runs_the_question_waits_in_a_thread(own_server, nodes):
