@@ -10,9 +10,10 @@ if not stored or told(stored)[2] ~= 'open' then
 end
 local left = tonumber(told(stored)[3])
 if left > 0 then return {'busy', left} end
-local taken, earliest = 0, now + 1000
+-- A caller that has not got the answer asks once more with the same token.
+local own, taken, earliest = 'probe:' .. ARGV[5], 0, now + 1000
 for field, value in pairs(stored) do
-  local is_lease = string.sub(field, 1, 6) == 'probe:'
+  local is_lease = string.sub(field, 1, 6) == 'probe:' and field ~= own
   if is_lease and tonumber(value) <= now then
     redis.call('HDEL', KEYS[1], field)
   elseif is_lease or string.sub(field, 1, 3) == 'ok:' then
@@ -21,5 +22,5 @@ for field, value in pairs(stored) do
   end
 end
 if taken >= tonumber(ARGV[7]) then return {'busy', earliest - now} end
-redis.call('HSET', KEYS[1], 'probe:' .. ARGV[5], text(now + ARGV[6]))
+redis.call('HSET', KEYS[1], own, text(now + ARGV[6]))
 return {'lease', stored.version}

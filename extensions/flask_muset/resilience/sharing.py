@@ -183,8 +183,9 @@ class SharedBreakers:
         """Begin in this process: breakers that are new here get the state that others have."""
         if not self._begin():
             return
+        mine = make_event()
         with self._lock:
-            reading, mine = self._reading, make_event()
+            reading = self._reading
             if reading is None:
                 self._reading = mine
         if reading is not None:
@@ -259,6 +260,7 @@ class SharedBreakers:
 
     def wake(self) -> None:
         """There is something to be sent."""
+        # From a native thread under gevent the loop is not woken; it looks by itself soon.
         if self._begin():
             self._wake.set()
 
@@ -281,7 +283,7 @@ class SharedBreakers:
     def linked(self, *, was_away: bool) -> None:
         """What was published before is not known: all states are read."""
         self._must_read = True
-        self._wake.set()
+        self.wake()
 
     def confirmed(self, since: float) -> None:
         """Nothing was missed."""
@@ -306,13 +308,14 @@ class SharedBreakers:
     def _start(self) -> bool:
         if not has_lasting_hub():
             return False
+        wake = make_event()
         with self._lock:
             if self._thread is not None:
                 return True
-            self._wake = make_event()
+            self._wake = wake
             self._thread = original("_thread", "get_ident")()
         try:
-            run_beside(partial(_loop, weakref.ref(self), self._wake), name="breakers")
+            run_beside(partial(_loop, weakref.ref(self), wake), name="breakers")
             self._feed = Feed(
                 self._redis,
                 self._channel,
