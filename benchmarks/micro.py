@@ -181,6 +181,19 @@ def _our_breaker_in_a_row(f):
     return CircuitBreaker("x", failure_threshold=5, recovery_timeout=30)(f)
 
 
+def _our_shared_breaker(f):
+    """With one state for all processes, in a Redis that `main` has started."""
+    from flask_muset.redis import GuardedRedis
+    from flask_muset.resilience import CircuitBreaker
+    from flask_muset.resilience.sharing import SharedBreakers
+
+    redis = GuardedRedis(f"redis://127.0.0.1:{REDIS_PORT[0]}/0", budget_s=10)
+    shared = SharedBreakers(redis, tell=print, tell_state=lambda _: None)
+    breaker = CircuitBreaker("x", failure_rate=0.5, recovery_timeout=30)
+    shared.add("x", breaker)
+    return breaker(f)
+
+
 def _our_limit(f):
     from flask_muset.resilience import RateLimit
 
@@ -212,6 +225,8 @@ def _our_five(f):
     return _ours(Fallback(None), retry, breaker, Bulkhead(100), Timeout(30))(f)
 
 
+#: Where a shared breaker's Redis listens.
+REDIS_PORT = []
 LOOP = "floor: try/except loop"
 CASES = {
     "bare call": lambda f: f,
@@ -234,6 +249,7 @@ CASES = {
     "backoff+circuitbreaker+limits": _stack,
     "flask-muset retry": _our_retry,
     "flask-muset breaker": _our_breaker,
+    "flask-muset breaker, shared": _our_shared_breaker,
     "flask-muset limit": _our_limit,
     "flask-muset retry+breaker+limit": _our_three,
     "flask-muset fallback+retry+breaker+bulkhead+timeout": _our_five,
@@ -298,6 +314,8 @@ def main():
     ap.add_argument("--extra", action="append", default=[])
     a = ap.parse_args()
     cases = CASES | dict(c.extras(a.extra))
+    if not a.instructions:
+        REDIS_PORT.append(c.start_redis()[0])
     if a.child:
         cs = {n: (lambda w=w: functools.partial(w(work), 7)) for n, w in cases.items()}
         print(json.dumps(c.instructions(cs, 500, 2500)))

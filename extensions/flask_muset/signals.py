@@ -18,12 +18,14 @@ __all__ = [
     "ErrorEvent",
     "LinkEvent",
     "PolicyEvent",
+    "SharingEvent",
     "WriteBehindEvent",
     "breaker_changed",
     "cache_operated",
     "error_handled",
     "policy_decided",
     "redis_link_changed",
+    "sharing_changed",
     "write_behind_measured",
 ]
 
@@ -128,12 +130,25 @@ class LinkEvent:
     state: str
 
 
+@dataclass(frozen=True, slots=True)
+class SharingEvent:
+    """Whether the processes of an app agree on its circuit breakers, as this one knows.
+
+    Attributes:
+        state: Label: `shared`; `doubt`, it is not known; `local`, each decides by itself.
+    """
+
+    state: str
+
+
 #: Sent with `event`, a PolicyEvent, for every decision of a policy's part.
 policy_decided = _signals.signal("policy-decided")
 #: Sent with `event`, a BreakerEvent.
 breaker_changed = _signals.signal("breaker-changed")
 #: Sent with `event`, a LinkEvent.
 redis_link_changed = _signals.signal("redis-link-changed")
+#: Sent with `event`, a SharingEvent, when the state has changed.
+sharing_changed = _signals.signal("sharing-changed")
 
 
 @dataclass(frozen=True, slots=True)

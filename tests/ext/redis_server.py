@@ -88,7 +88,7 @@ class RedisServer:
 
 
 class SlowWay:
-    """A TCP proxy that holds back what the server says.
+    """A TCP proxy that holds back what the server says, or says nothing at all for a while.
 
     Attributes:
         delay_s: Seconds before each piece of a reply, drawn anew from 0 to this.
@@ -100,6 +100,8 @@ class SlowWay:
         self.delay_s = delay_s
         self.halves = halves
         self.fixed = fixed
+        self._passes = threading.Event()
+        self._passes.set()
         self._target = ("127.0.0.1", port)
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=200)
         self.port = self._listener.getsockname()[1]
@@ -108,6 +110,14 @@ class SlowWay:
     @property
     def url(self):
         return f"redis://127.0.0.1:{self.port}/0"
+
+    def hold(self):
+        """Take connections as ever and forward nothing, in neither direction."""
+        self._passes.clear()
+
+    def let_go(self):
+        """Forward again, what was held back too."""
+        self._passes.set()
 
     def close(self):
         """Take no further connections."""
@@ -119,7 +129,11 @@ class SlowWay:
         with contextlib.suppress(OSError):
             while True:
                 client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
+                try:
+                    server = socket.create_connection(self._target)
+                except OSError:
+                    client.close()
+                    continue
                 for one in (client, server):
                     one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 pair = threading.Thread(target=self._pair, args=(client, server), daemon=True)
@@ -136,6 +150,7 @@ class SlowWay:
     def _pump(self, source, target, is_reply):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                self._passes.wait()
                 for piece in self._pieces(data) if is_reply else [data]:
                     target.sendall(piece)
         for one in (source, target):

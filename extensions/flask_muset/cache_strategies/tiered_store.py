@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
-from flask_muset.cache_strategies.feed import SENDER_BYTES, Feed
 from flask_muset.cache_strategies.memory import Memory
 from flask_muset.cache_strategies.redis_entries import RedisEntries
 from flask_muset.cache_strategies.repairs import Repairs
@@ -27,6 +26,7 @@ from flask_muset.errors import (
     OperationTimeoutError,
     OverloadedError,
 )
+from flask_muset.feed import SENDER_BYTES, Feed
 from flask_muset.locks import give_lock, make_event, run_beside
 from flask_muset.redis import GuardedRedis
 
@@ -190,6 +190,7 @@ class TieredStore(Changing):
                     self._entries.channel,
                     self._sender,
                     self,
+                    name="cache",
                     # Often enough that the memory is trusted as long as the link holds.
                     beat_s=min(1.0, self._unlinked_s / 4),
                 )

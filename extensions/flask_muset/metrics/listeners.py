@@ -10,12 +10,14 @@ from flask_muset.signals import (
     ErrorEvent,
     LinkEvent,
     PolicyEvent,
+    SharingEvent,
     WriteBehindEvent,
     breaker_changed,
     cache_operated,
     error_handled,
     policy_decided,
     redis_link_changed,
+    sharing_changed,
     write_behind_measured,
 )
 
@@ -37,6 +39,7 @@ class Listeners:
         policy_decided.connect(self.on_decision)
         breaker_changed.connect(self.on_breaker)
         redis_link_changed.connect(self.on_link)
+        sharing_changed.connect(self.on_sharing)
         cache_operated.connect(self.on_cache)
         write_behind_measured.connect(self.on_write_behind)
 
@@ -66,6 +69,12 @@ class Listeners:
             for state in ("up", "doubt", "down"):
                 self._families["redis_link_state"].get(event.name, state).set(0.0)
             self._show("redis_link_state", event.name, event.state)
+
+    def on_sharing(self, sender: Any, *, event: SharingEvent, **_: Any) -> None:
+        """Show whether all workers agree."""
+        if self._concerns(sender):
+            for state in ("shared", "doubt", "local"):
+                self._families["shared_state"].get(state).set(float(state == event.state))
 
     def on_cache(self, sender: Any, *, event: CacheEvent, **_: Any) -> None:
         """Count an operation on the cache, and how long a read took."""

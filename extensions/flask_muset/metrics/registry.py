@@ -82,6 +82,13 @@ METRICS: tuple[Row, ...] = (
         across="livemax",
     ),
     Row(
+        "shared_state",
+        _G,
+        ("state",),
+        "1 for what workers know of their circuit breakers: shared, doubt or local; else 0",
+        across="livemax",
+    ),
+    Row(
         "policy_decisions_total",
         _C,
         ("policy", "part", "decision"),

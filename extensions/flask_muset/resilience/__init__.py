@@ -1,10 +1,18 @@
 """Resilience: policies for what a service depends on, and limits for its requests."""
 
 from flask_muset.deadline import deadline
+from flask_muset.resilience.breaker_state import BreakerState
 from flask_muset.resilience.budget import RetryBudget
 from flask_muset.resilience.bulkhead import Bulkhead
-from flask_muset.resilience.circuit_breaker import BreakerState, CircuitBreaker
-from flask_muset.resilience.extension import UNLIMITED, Resilience, error_recovery, policies_of
+from flask_muset.resilience.circuit_breaker import CircuitBreaker
+from flask_muset.resilience.extension import (
+    UNLIMITED,
+    Resilience,
+    error_recovery,
+    force,
+    policies_of,
+    sharing_state,
+)
 from flask_muset.resilience.fallback import Fallback
 from flask_muset.resilience.policy import Outcome, Policy, breaker_of
 from flask_muset.resilience.rate_limit import Hit, RateLimit
@@ -30,8 +38,10 @@ __all__ = [
     "breaker_of",
     "deadline",
     "error_recovery",
+    "force",
     "policies_of",
     "retry",
     "retry_async",
     "retry_call",
+    "sharing_state",
 ]

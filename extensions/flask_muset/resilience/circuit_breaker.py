@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask_muset import context
 from flask_muset.clock import SYSTEM, Clock
@@ -21,6 +20,14 @@ from flask_muset.configuration import (
 from flask_muset.deadline import Expired
 from flask_muset.errors import CircuitOpenError
 from flask_muset.locks import give_lock
+from flask_muset.resilience.breaker_state import (
+    BreakerState,
+    Busy,
+    Common,
+    Debt,
+    Lease,
+    Sharing,
+)
 from flask_muset.resilience.guards import (
     Call,
     Part,
@@ -30,7 +37,10 @@ from flask_muset.resilience.guards import (
 from flask_muset.resilience.windows import FAILED, OK, SLOW, CountWindow, TimeWindow, Window
 from flask_muset.signals import BreakerEvent, Decision, breaker_changed, policy_decided
 
-__all__ = ["BreakerState", "CircuitBreaker"]
+if TYPE_CHECKING:
+    from asyncio import Future
+
+__all__ = ["CircuitBreaker"]
 
 _MODES = ("enforce", "observe", "off")
 #: An open time that follows Retry-After is at most this, in seconds, where nothing else is said:
@@ -39,37 +49,31 @@ _RETRY_AFTER_CAP_S = 300.0
 _new, _asked = CircuitOpenError.__new__, current_outcome.get
 #: Retry-After while probes are under way, in seconds.
 _PROBING_S = 1.0
+#: How often one call asks for the right to probe where the state changes meanwhile.
+_TRIES = 2
 
 
 #: What counts as nothing: classes, or a function of the exception.
 Ignore = type[BaseException] | tuple[type[BaseException], ...] | Callable[[BaseException], bool]
 
 
-class BreakerState(StrEnum):
-    """Whether calls are let through."""
-
-    CLOSED = "closed"
-    OPEN = "open"
-    HALF_OPEN = "half_open"
-    FORCED_OPEN = "forced_open"
-    FORCED_CLOSED = "forced_closed"
-
-
 _CLOSED, _OPEN, _HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
-#: The states in which calls are let through and counted, or let through only.
 _FORCED_OPEN, _FORCED_CLOSED = BreakerState.FORCED_OPEN, BreakerState.FORCED_CLOSED
+_FORCED = (_FORCED_OPEN, _FORCED_CLOSED)
 
 
 class _Ticket:
     """A call that began, of a state that may have passed when it ends."""
 
-    __slots__ = ("began", "era", "probe")
+    __slots__ = ("began", "era", "lease", "probe")
 
     def __init__(self, era: int, began: float, probe: int = 0) -> None:
         self.era = era
         self.began = began
         #: Number of the round of probes that it belongs to, 0 for a call that is none.
         self.probe = probe
+        #: The right to probe that all processes know of.
+        self.lease: Lease | None = None
 
 
 class CircuitBreaker(Part):
@@ -83,6 +87,9 @@ class CircuitBreaker(Part):
     What counts as a failure is in the error table; an error that the table does not count (a 404, a
     422) shows that the dependency answers. Refusals by this process itself, exceptions in `ignore`
     and calls that are cut off from outside count as nothing and give their probe back.
+
+    In an app whose Resilience has a Redis, its state is that of the breakers with its name in all
+    processes; what it counts stays its own.
 
     Args:
         name: For people, events and metrics.
@@ -159,10 +166,23 @@ class CircuitBreaker(Part):
         self._admitted = self._succeeded = 0
         self._round = 1
         self._forced_until = math.inf
-        #: Until when it is open and refuses, so that refusing needs no lock.
+        #: Until when it refuses whatever comes, so that refusing needs no lock.
         self._refuses_until = 0.0
         #: Whether it is closed and counts, which needs no look at the time.
         self._is_plain = mode != "off"
+        self._sharing: Sharing | None = None
+        #: By which others know it.
+        self.shared_name = name
+        #: Whether it has the state that others had when this process began.
+        self.is_synchronised = True
+        #: Of the state in common that its own one is based on.
+        self._version = 0
+        #: Number of the last change that others are to be told, 0 if they know all.
+        self._owes = 0
+        self._insists = False
+        self._changes = 0
+        #: When to ask again for the right to probe.
+        self._asks_at = 0.0
         self._message = f"the circuit {name!r} is open"
         super().__init__()
 
@@ -218,25 +238,102 @@ class CircuitBreaker(Part):
         """
         if self._is_plain:
             return _Ticket(self._era, self._clock.now() if self._slow_s else 0.0)
-        now = self._clock.now()
-        with self._lock:
-            changes = self._elapse(now)
-            ticket, refused = None, False
-            if self._state is _CLOSED:
-                ticket = _Ticket(self._era, now) if self.mode != "off" else None
-            elif self._state is _HALF_OPEN and self._admitted < self._probes:
-                self._admitted += 1
-                ticket = _Ticket(self._era, now, self._round)
-            else:
-                refused = self._state is not _FORCED_CLOSED
-            wait_s = self._left(now)
-        self._tell(changes)
-        if not refused:
+        self._synchronise()
+        ticket, wait_s = self._admit()
+        if ticket is not None and ticket.probe and self._sharing is not None:
+            ticket, wait_s = self._ask(self._sharing, ticket)
+        if wait_s is None:
             return ticket
         if self.mode != "enforce" and self._state is not _FORCED_OPEN:
             self.tell(Decision.WOULD_REJECT)
             return None
         raise self._refusal(wait_s)
+
+    async def aenter(self) -> _Ticket | None:
+        """`enter` where asyncio runs: what may wait for Redis does it in a thread."""
+        if self._is_plain or not self._may_wait():
+            return self.enter()
+        import asyncio  # only where it runs already
+
+        entering = asyncio.ensure_future(asyncio.to_thread(self.enter))
+        try:
+            return await asyncio.shield(entering)
+        except asyncio.CancelledError:
+            entering.add_done_callback(self._leave_unused)
+            raise
+
+    def _may_wait(self) -> bool:
+        if self._sharing is None:
+            return False
+        return not self.is_synchronised or self._seen(self._clock.now()) is _HALF_OPEN
+
+    def _leave_unused(self, entered: "Future[_Ticket | None]") -> None:
+        if not entered.cancelled() and entered.exception() is None:
+            ticket = entered.result()
+            if ticket is not None:
+                self._give_back(ticket)
+
+    def _synchronise(self) -> None:
+        if not self.is_synchronised and self._sharing is not None:
+            self._sharing.synchronise()
+
+    def _admit(self) -> tuple[_Ticket | None, float | None]:
+        """Let a call begin, or say for how many seconds it is refused."""
+        now = self._clock.now()
+        with self._lock:
+            changes = self._elapse(now)
+            decided = self._decide(now)
+        self._tell(changes)
+        return decided
+
+    def _decide(self, now: float) -> tuple[_Ticket | None, float | None]:
+        if self._state is _CLOSED:
+            return (None if self.mode == "off" else _Ticket(self._era, now)), None
+        if self._state is _FORCED_CLOSED:
+            return None, None
+        is_probe = self._state is _HALF_OPEN and self._admitted < self._probes
+        if is_probe and now >= self._asks_at:
+            self._admitted += 1
+            return _Ticket(self._era, now, self._round), None
+        return None, self._left(now)
+
+    def _ask(self, sharing: Sharing, ticket: _Ticket) -> tuple[_Ticket | None, float | None]:
+        """Ask whether a probe may begin, for all processes."""
+        for _ in range(_TRIES):
+            answer: Lease | Busy | None = None
+            try:
+                answer = sharing.ask(self)
+            finally:
+                if isinstance(answer, Lease):
+                    self._take_lease(ticket, answer)
+                else:
+                    self._give_back(ticket)
+            if isinstance(answer, Lease):
+                return ticket, None
+            if answer is not None:
+                self._wait_for_others(ticket, answer.wait_s)
+                return None, answer.wait_s
+            again, wait_s = self._admit()
+            if again is None or not again.probe:
+                return again, wait_s
+            ticket = again
+        self._give_back(ticket)
+        return None, _PROBING_S
+
+    def _take_lease(self, ticket: _Ticket, lease: Lease) -> None:
+        ticket.lease = lease
+        with self._lock:
+            if ticket.era == self._era and lease.version is not None:
+                # The one who asked has told, too, that it is open.
+                self._version, self._owes = lease.version, 0
+
+    def _wait_for_others(self, ticket: _Ticket, wait_s: float) -> None:
+        """Ask no more for a while; refusing sends nothing."""
+        until = self._clock.now() + wait_s
+        with self._lock:
+            if ticket.era == self._era:
+                self._asks_at = until
+                self._choose_way()
 
     def leave(self, token: _Ticket | None, error: BaseException | None) -> None:
         """Count a call."""
@@ -250,11 +347,19 @@ class CircuitBreaker(Part):
         outcome = FAILED if failed else OK
         if self._slow_s is not None and now - token.began >= self._slow_s:
             outcome |= SLOW
+        changes: list[BreakerEvent] = []
         with self._lock:
-            if token.era != self._era:
-                return
-            changes = self._count(token, outcome, now, error)
+            counts = token.era == self._era
+            if counts:
+                changes = self._count(token, outcome, now, error)
+            goes_on = counts and token.era == self._era
+            if counts and not goes_on:
+                self._owe()
+        # In a round that goes on, a probe that is counted is one that has succeeded.
+        self._settle(token, succeeded=True if goes_on else None)
         self._tell(changes)
+        if counts and not goes_on:
+            self._let_others_know()
 
     @property
     def _by_rate(self) -> bool:
@@ -276,8 +381,14 @@ class CircuitBreaker(Part):
     def _give_back(self, token: _Ticket) -> None:
         if token.probe:
             with self._lock:
-                if token.era == self._era and token.probe == self._round:
+                goes_on = token.era == self._era
+                if goes_on and token.probe == self._round:
                     self._admitted -= 1
+            self._settle(token, succeeded=False if goes_on else None)
+
+    def _settle(self, token: _Ticket, *, succeeded: bool | None) -> None:
+        if token.lease is not None and self._sharing is not None:
+            self._sharing.settle(self, token.lease, succeeded=succeeded)
 
     def _count(
         self, token: _Ticket, outcome: int, now: float, error: BaseException | None
@@ -304,11 +415,18 @@ class CircuitBreaker(Part):
 
     def _change(self, new: BreakerState) -> list[BreakerEvent]:
         old, self._state = self._state, new
-        self._is_plain = new is _CLOSED and self.mode != "off"
-        self._refuses_until = self._until if new is _OPEN and self.mode == "enforce" else 0.0
+        self._asks_at = 0.0
+        self._choose_way()
         self._era += 1
         self._admitted = self._succeeded = self._streak = 0
         return [BreakerEvent(self.name, old.value, new.value)] if new is not old else []
+
+    def _choose_way(self) -> None:
+        """How calls begin: in one of the two ways that need no lock, or with care."""
+        is_known, state = self.is_synchronised, self._state
+        self._is_plain = is_known and state is _CLOSED and self.mode != "off"
+        until = {_OPEN: self._until, _HALF_OPEN: self._asks_at}.get(state, 0.0)
+        self._refuses_until = until if is_known and self.mode == "enforce" else 0.0
 
     def _open(self, now: float, error: BaseException | None) -> list[BreakerEvent]:
         cap = self._max_open_s
@@ -332,7 +450,10 @@ class CircuitBreaker(Part):
 
     def _elapse(self, now: float) -> list[BreakerEvent]:
         """What time alone has changed."""
-        if self._state in (_FORCED_OPEN, _FORCED_CLOSED) and now >= self._forced_until:
+        if self._state in _FORCED and now >= self._forced_until:
+            if self._insists:
+                # It has ended before others were told: what they have holds, whatever it is.
+                self._owes, self._insists, self._version = 0, False, 0
             return self._close()
         if self._state in (_OPEN, _HALF_OPEN) and now >= self._until:
             self._until = now + self._open_s
@@ -352,14 +473,131 @@ class CircuitBreaker(Part):
         return self._open_s if until == math.inf else max(0.0, until - now)
 
     def _tell(self, changes: list[BreakerEvent]) -> None:
+        sharing = self._sharing
         for change in changes:
-            context.emit(breaker_changed, change)
+            if sharing is None:
+                context.emit(breaker_changed, change)
+            else:
+                sharing.tell(change)
+
+    def _let_others_know(self) -> None:
+        if self._sharing is not None:
+            self._sharing.wake()
+
+    # --- what it has in common with others ---
+
+    def share(self, sharing: Sharing, name: str) -> None:
+        """Have the state in common with the breakers of this name in other processes."""
+        self._sharing, self.shared_name = sharing, name
+        self._forked()
+
+    def synchronised(self) -> None:
+        """It has the state of the others, as far as that is known."""
+        with self._lock:
+            self.is_synchronised = True
+            self._choose_way()
+
+    def _forked(self) -> None:
+        """The probes of the parent end there, and what others do meanwhile is not known here."""
+        self._admitted = 0
+        if self._sharing is not None:
+            self.is_synchronised = False
+            self._choose_way()
+
+    @property
+    def version(self) -> int:
+        """Of the state in common that its own one is based on."""
+        return self._version
+
+    def common(self) -> Common:
+        """Its state, as others are told."""
+        now = self._clock.now()
+        with self._lock:
+            return self._common(now)
+
+    def _common(self, now: float) -> Common:
+        state, left_s, age_s = self._seen(now), math.inf, None
+        if state in _FORCED:
+            left_s = self._forced_until - now
+        elif state is not _CLOSED:
+            state, left_s = _OPEN, max(0.0, self._until - now) if state is _OPEN else 0.0
+        if self._opened_at is not None:
+            age_s = max(0.0, self._clock.wall() - self._opened_at)
+        return Common(self._version, state, left_s, self._trips, age_s)
+
+    def pass_time(self) -> None:
+        """Change what time alone has changed, called or not."""
+        now = self._clock.now()
+        with self._lock:
+            changes = self._elapse(now)
+        self._tell(changes)
+
+    def debt(self) -> Debt | None:
+        """What others are to be told, None for nothing."""
+        now = self._clock.now()
+        with self._lock:
+            return Debt(self._owes, self._common(now), self._insists) if self._owes else None
+
+    def owe_anew(self) -> None:
+        """Nobody knows its state any more: let it be told again, unless it is closed."""
+        with self._lock:
+            if self._state is not _CLOSED and not self._owes:
+                self._owe()
+
+    def paid(self, debt: Debt, stored: Common) -> None:
+        """Others have been told."""
+        now = self._clock.now()
+        with self._lock:
+            self._version = max(self._version, stored.version)
+            if self._owes == debt.number:
+                self._owes, self._insists = 0, False
+                if self._state is _OPEN:
+                    self._until = now + stored.left_s
+                    self._choose_way()
+
+    def adopt(self, stored: Common, seen: int | None = None) -> None:
+        """Take the state that others have, unless it is older than what is known.
+
+        Args:
+            stored: Their state.
+            seen: `version` before it was asked for: if that has not changed, what is stored holds
+                even if its version is smaller. None for what nobody has asked for.
+        """
+        now = self._clock.now()
+        changes: list[BreakerEvent] = []
+        with self._lock:
+            is_asked = self._version == seen and stored.version != seen
+            if is_asked or stored.version > self._version:
+                changes = self._elapse(now) + self._take(stored, now)
+        self._tell(changes)
+
+    def _take(self, stored: Common, now: float) -> list[BreakerEvent]:
+        self._version = stored.version
+        if self._owes and self._insists:
+            return []
+        self._owes = 0
+        if stored.state is _CLOSED or (stored.state is _OPEN and self.mode == "off"):
+            return self._close()
+        if stored.state is _OPEN:
+            self._until, self._trips = now + stored.left_s, stored.trips
+        else:
+            self._forced_until = now + stored.left_s
+        wall = self._clock.wall()
+        self._opened_at = None if stored.age_s is None else wall - stored.age_s
+        return self._change(stored.state)
+
+    def _owe(self, *, insists: bool = False) -> None:
+        """Let others be told of the change; under the lock."""
+        if self._sharing is not None:
+            self._changes += 1
+            self._owes, self._insists = self._changes, insists
 
     # --- for people ---
 
     @property
     def state(self) -> BreakerState:
         """The state now; an open breaker whose time has passed is half-open, called or not."""
+        self._synchronise()
         now = self._clock.now()
         with self._lock:
             return self._seen(now)
@@ -367,8 +605,8 @@ class CircuitBreaker(Part):
     def _seen(self, now: float) -> BreakerState:
         if self._state is _OPEN and now >= self._until:
             return _HALF_OPEN
-        is_forced = self._state in (_FORCED_OPEN, _FORCED_CLOSED)
-        return _CLOSED if is_forced and now >= self._forced_until else self._state
+        is_over = self._state in _FORCED and now >= self._forced_until
+        return _CLOSED if is_over else self._state
 
     def snapshot(self) -> dict[str, Any]:
         """What is known now.
@@ -377,6 +615,7 @@ class CircuitBreaker(Part):
         retry_after`. The numbers are those of the window, the rates from 0 to 1, `opened_at` in
         seconds since the epoch, `retry_after` in seconds, None where nothing is refused.
         """
+        self._synchronise()
         now = self._clock.now()
         with self._lock:
             state = self._seen(now)
@@ -418,20 +657,33 @@ class CircuitBreaker(Part):
             if state is _FORCED_OPEN:
                 self._opened_at = self._clock.wall()
             changes = self._change(state)
+            self._owe(insists=True)
         self._tell(changes)
+        self._let_others_know()
 
     def reset(self) -> None:
         """Close it and forget all calls."""
         with self._lock:
             changes = self._close()
+            self._owe(insists=True)
         self._tell(changes)
+        self._let_others_know()
 
     def set_mode(self, mode: str) -> None:
-        """Change `mode`; in `off` nothing is counted and only a forced state refuses."""
+        """Change `mode` in this process; in `off` nothing is counted, only a forced state refuses.
+
+        It is closed and forgets all calls; where its state is shared, it then takes that.
+        """
         if mode not in _MODES:
             raise ValueError(f"mode must be one of {', '.join(_MODES)}, got {mode!r}.")
         self.mode = mode
-        self.reset()
+        with self._lock:
+            changes = self._close()
+            if self._sharing is not None:
+                self.is_synchronised, self._version = False, 0
+                self._owes, self._insists = 0, False
+                self._choose_way()
+        self._tell(changes)
 
 
 _ALLOWED = {

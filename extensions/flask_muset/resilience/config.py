@@ -1,5 +1,6 @@
 """The configuration of Resilience, read and checked once."""
 
+import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,13 @@ __all__ = ["KEYS", "PREFIX", "Config", "read_config"]
 
 PREFIX = "RESILIENCE_"
 _MODES = ("enforce", "observe", "off")
+
+
+_is_name = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
+
+
+def _is_url(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and "://" in value)
 
 
 def _is_paths(value: Any) -> bool:
@@ -44,6 +52,14 @@ KEYS: Mapping[str, Key] = {
     "MAX_RETRIES": whole(3, 0, 100),
     "RETRY_INITIAL_DELAY": number(1.0, 0, 3_600, zero="no wait"),
     "RETRY_MAX_DELAY": number(60.0, 0, 86_400, zero="no wait"),
+    "REDIS_URL": Key(None, _is_url, "the URL of a Redis such as redis://127.0.0.1:6379/0, or None"),
+    "REDIS_MAX_CONNECTIONS": whole(10, 1, 10_000),
+    "REDIS_BUDGET": number(0.05, 0, 60),
+    "NAMESPACE": Key(
+        "default",
+        lambda value: isinstance(value, str) and _is_name(value) is not None,
+        "1 to 64 letters, digits, dots, underscores or hyphens",
+    ),
     "POLICIES": Key(
         {},
         _is_policies,
@@ -72,6 +88,10 @@ class Config:
         max_retries: Retries after the first call.
         retry_initial_delay_s: Bound of the first wait.
         retry_max_delay_s: Bound of every wait.
+        redis_url: Where the state of all workers is; None for a state of each.
+        redis_max_connections: Calls of one process to it at once.
+        redis_budget_s: Seconds that one call may take.
+        namespace: Tells apps apart that share a Redis.
         policies: By name of the policy and kind of the part, arguments that win over the code's.
     """
 
@@ -90,6 +110,10 @@ class Config:
     max_retries: int
     retry_initial_delay_s: float
     retry_max_delay_s: float
+    redis_url: str | None
+    redis_max_connections: int
+    redis_budget_s: float
+    namespace: str
     policies: Mapping[str, Mapping[str, Mapping[str, Any]]]
 
 
@@ -128,5 +152,9 @@ def read_config(config: MutableMapping[str, Any]) -> Config:
         max_retries=values["MAX_RETRIES"],
         retry_initial_delay_s=float(first),
         retry_max_delay_s=float(longest),
+        redis_url=values["REDIS_URL"],
+        redis_max_connections=values["REDIS_MAX_CONNECTIONS"],
+        redis_budget_s=values["REDIS_BUDGET"],
+        namespace=values["NAMESPACE"],
         policies=values["POLICIES"],
     )

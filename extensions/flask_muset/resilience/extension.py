@@ -7,6 +7,7 @@ from functools import partial
 from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
+from click import Group
 from flask import Flask, Request, Response, request
 from werkzeug.exceptions import (
     BadRequest,
@@ -22,25 +23,46 @@ from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
 from flask_muset.load import GATE, Gate
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
-from flask_muset.resilience.config import PREFIX, Config, read_config
+from flask_muset.resilience.commands import MODES, make_commands
+from flask_muset.resilience.config import KEYS, PREFIX, Config, read_config
 from flask_muset.resilience.guards import Part
-from flask_muset.resilience.policy import Policy
+from flask_muset.resilience.policy import Policy, breaker_of
 from flask_muset.resilience.rate_limit import Hit, RateLimit, refused
 from flask_muset.resilience.recovery import ErrorRecovery
 from flask_muset.resilience.request_limits import RequestLimits
 from flask_muset.resilience.retrying import RetryStrategy
 from flask_muset.resilience.timeout import Timeout
-from flask_muset.signals import Decision, PolicyEvent, policy_decided
+from flask_muset.signals import (
+    BreakerEvent,
+    Decision,
+    PolicyEvent,
+    SharingEvent,
+    breaker_changed,
+    policy_decided,
+    sharing_changed,
+)
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
-__all__ = ["UNLIMITED", "Resilience", "error_recovery", "policies_of"]
+    from flask_muset.redis import GuardedRedis
+    from flask_muset.resilience.sharing import SharedBreakers
+
+__all__ = [
+    "UNLIMITED",
+    "Resilience",
+    "error_recovery",
+    "force",
+    "policies_of",
+    "sharing_state",
+]
 
 _KEY = "resilience"
 _PERIOD_S = 60.0
 #: The key of the environment that a request's hit is kept under.
 _HIT = "flask_muset.rate_limit"
+#: Stands before the names of ErrorRecovery's breakers where all workers share them.
+_RECOVERY = "recovery:"
 
 #: What a `rate_limit_key` function returns for a request that has no limit.
 UNLIMITED = object()
@@ -58,12 +80,17 @@ Declared = Part | type[RetryStrategy] | type[CircuitBreaker]
 class _Recovery(ErrorRecovery):
     """Breakers whose defaults are an app's."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, sharing: "SharedBreakers | None") -> None:
         super().__init__()
         self._config = config
+        self._sharing = sharing
 
     def _make(self, name: str, options: dict[str, Any]) -> CircuitBreaker:
         return _breaker(self._config, name, options)
+
+    def _added(self, breaker: CircuitBreaker) -> None:
+        if self._sharing is not None:
+            self._sharing.add(_RECOVERY + breaker.name, breaker)
 
 
 @dataclass(slots=True)
@@ -73,6 +100,8 @@ class _State:
     config: Config
     retry_strategy: RetryStrategy
     recovery: ErrorRecovery
+    redis: "GuardedRedis | None" = None
+    sharing: "SharedBreakers | None" = None
     policies: dict[str, tuple[Part, ...]] = field(default_factory=dict)
     _copies: dict[int, Part] = field(default_factory=dict)
 
@@ -82,8 +111,22 @@ class _State:
         Raises:
             ValueError: The configuration has an argument that does not fit.
         """
-        parts = [self._part(policy, part) for part in declared]
-        return tuple(_overridden(self.config, policy.name, parts))
+        made = [self._part(policy, part) for part in declared]
+        parts = tuple(_overridden(self.config, policy.name, made))
+        self._share(policy, parts)
+        return parts
+
+    def _share(self, policy: Policy, parts: Sequence[Part]) -> None:
+        """Let all workers have one state of what is in a policy."""
+        if self.redis is None or self.sharing is None:
+            return
+        for part in parts:
+            # One part in two policies has the name of the first.
+            part.name = part.name or policy.name
+            if isinstance(part, CircuitBreaker):
+                self.sharing.add(part.name, part)
+            elif isinstance(part, RateLimit):
+                part.share(self.redis, part.name)
 
     def _part(self, policy: Policy, part: Declared) -> Part:
         if part is CircuitBreaker:
@@ -109,6 +152,7 @@ class Resilience:
         app: Set up at once; else call `init_app`.
         rate_limit_key: A function of the request that returns whose limit it counts against: a
             text, None for the client's address, or `UNLIMITED`.
+        redis: Is used instead of a client made of the configuration.
 
     Config:
         RESILIENCE_ENABLED: False leaves requests as they are. Default True.
@@ -129,15 +173,25 @@ class Resilience:
         RESILIENCE_MAX_RETRIES: Retries after the first call. Default 3.
         RESILIENCE_RETRY_INITIAL_DELAY: Bound of the first wait, seconds. Default 1.
         RESILIENCE_RETRY_MAX_DELAY: Bound of every wait, seconds. Default 60.
+        RESILIENCE_REDIS_URL: Where all workers have one state of circuit breakers and rate limits.
+            Default None: each has its own.
+        RESILIENCE_REDIS_MAX_CONNECTIONS: Calls of one process to it at once. Default 10.
+        RESILIENCE_REDIS_BUDGET: Seconds that a call may take. Default 0.05.
+        RESILIENCE_NAMESPACE: Tells apps that share a Redis apart. Default "default".
         RESILIENCE_POLICIES: By name of a policy and kind of a part, arguments that win over the
             code's, such as {"openai": {"timeout": {"seconds": 5}}}. The policies are declared
             before `init_app`. A Timeout that stands outermost is `total_timeout`.
     """
 
     def __init__(
-        self, app: Flask | None = None, *, rate_limit_key: RateLimitKey | None = None
+        self,
+        app: Flask | None = None,
+        *,
+        rate_limit_key: RateLimitKey | None = None,
+        redis: "GuardedRedis | None" = None,
     ) -> None:
         self._rate_limit_key = rate_limit_key
+        self._given_redis = redis
         self._declared: dict[str, tuple[Policy, tuple[Declared, ...]]] = {}
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         if app is not None:
@@ -176,7 +230,10 @@ class Resilience:
             ValueError: A setting is not allowed.
         """
         config = read_config(app.config)
-        state = _State(config, _retry_strategy(config, {}), _Recovery(config))
+        redis = self._redis(config)
+        sharing = None if redis is None else _sharing(app, redis)
+        recovery = _Recovery(config, sharing)
+        state = _State(config, _retry_strategy(config, {}), recovery, redis, sharing)
         for name in config.policies.keys() - self._declared.keys():
             raise ValueError(
                 f"{PREFIX}POLICIES: no policy {name!r} is declared; declare it before init_app, or "
@@ -190,7 +247,32 @@ class Resilience:
             policy.is_bound = True
             self._bind(policy)
         if config.enabled:
-            _guard_requests(app, config, self._rate_limit_key)
+            _guard_requests(app, config, self._rate_limit_key, redis)
+        app.cli.add_command(_commands(app))
+
+    def _redis(self, config: Config) -> "GuardedRedis | None":
+        if self._given_redis is not None:
+            if config.namespace != KEYS["NAMESPACE"].default:
+                raise ValueError(
+                    f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its "
+                    "own prefix; leave the setting out, and make the client with that prefix."
+                )
+            return self._given_redis
+        if config.redis_url is None:
+            return None
+        # Only here, because it needs redis-py.
+        from flask_muset.redis import GuardedRedis
+
+        try:
+            return GuardedRedis(
+                config.redis_url,
+                name="resilience",
+                max_connections=config.redis_max_connections,
+                budget_s=config.redis_budget_s,
+                prefix=f"muset:{config.namespace}:",
+            )
+        except ValueError as error:
+            raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
 
     def _bind(self, policy: Policy) -> None:
         """Let a policy guard with the parts of its apps; a single app's are used without a look."""
@@ -220,6 +302,99 @@ def policies_of(app: Flask) -> dict[str, tuple[Part, ...]]:
     for name, breaker in state.recovery.breakers().items():
         found[name if name not in found else f"{name} (error recovery)"] = (breaker,)
     return found
+
+
+# --- One state for all workers --------------------------------------------------------------------
+
+
+def _sharing(app: Flask, redis: "GuardedRedis") -> "SharedBreakers":
+    # Only here, because it needs redis-py.
+    from flask_muset.resilience.sharing import SharedBreakers
+
+    # Weak: a policy outlives the app that it was bound to.
+    app_of = weakref.ref(app)
+
+    def tell(event: BreakerEvent | SharingEvent) -> None:
+        app = app_of()
+        if app is not None:
+            is_breaker = isinstance(event, BreakerEvent)
+            context.tell(breaker_changed if is_breaker else sharing_changed, app, event)
+
+    return SharedBreakers(redis, tell=tell, tell_state=lambda state: tell(SharingEvent(state)))
+
+
+def sharing_state(app: Flask) -> str:
+    """Whether all workers of an app agree on its circuit breakers, as this process knows.
+
+    Returns:
+        `shared`; `doubt`, it is not known now; `local`, there is no Redis, or it is away and each
+        process decides by itself.
+    """
+    sharing: SharedBreakers | None = app.extensions[_KEY].sharing
+    if sharing is None:
+        return "local"
+    sharing.begin()
+    return sharing.state
+
+
+def force(app: Flask, name: str, mode: str, expires_s: float | None = None) -> bool:
+    """Force a circuit breaker in all workers.
+
+    Args:
+        app: Whose it is.
+        name: Of its policy as in `policies_of`, or `recovery:` and a name of `ErrorRecovery`'s.
+        mode: `open`, `closed`, or `auto` to close it and let it decide by itself again.
+        expires_s: Seconds after which it decides by itself again; None for never.
+
+    Returns:
+        Whether the other workers are told; if not, they are as soon as Redis is back, as long as
+        this process lives. Without a Redis only this process has changed.
+
+    Raises:
+        ValueError: There is no such breaker, or an argument is not allowed.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    if mode == "auto" and expires_s is not None:
+        raise ValueError(f"auto has no end; leave expires_s out, got {expires_s!r}.")
+    breaker = _breaker_called(app, name)
+    if mode == "open":
+        breaker.force_open(expires_s)
+    elif mode == "closed":
+        breaker.force_closed(expires_s)
+    else:
+        breaker.reset()
+    sharing: SharedBreakers | None = app.extensions[_KEY].sharing
+    return sharing is not None and sharing.send(breaker)
+
+
+def _breaker_called(app: Flask, name: str) -> CircuitBreaker:
+    state: _State = app.extensions[_KEY]
+    if name.startswith(_RECOVERY):
+        found = state.recovery.breakers().get(name.removeprefix(_RECOVERY))
+    else:
+        found = breaker_of(policies_of(app).get(name, ()))
+    if found is None:
+        known = [known for known, parts in policies_of(app).items() if breaker_of(parts)]
+        raise ValueError(f"no policy {name!r} has a circuit breaker; use one of {sorted(known)}.")
+    return found
+
+
+def _commands(app: Flask) -> Group:
+    state: _State = app.extensions[_KEY]
+
+    def look() -> Mapping[str, Mapping[str, Any]]:
+        breakers = {name: breaker_of(parts) for name, parts in policies_of(app).items()}
+        return {name: found.snapshot() for name, found in breakers.items() if found is not None}
+
+    def change(name: str, mode: str, expires_s: float | None) -> bool:
+        if name.startswith(_RECOVERY):
+            # The workers make it when they first use it, and here nobody does.
+            state.recovery.get_circuit_breaker(name.removeprefix(_RECOVERY))
+        return force(app, name, mode, expires_s)
+
+    has_redis = state.sharing is not None
+    return make_commands(look, change, partial(sharing_state, app) if has_redis else None)
 
 
 # --- Policies from the configuration --------------------------------------------------------------
@@ -294,7 +469,9 @@ def _overridden(config: Config, name: str, parts: list[Part]) -> list[Part]:
 # --- Requests -------------------------------------------------------------------------------------
 
 
-def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> None:
+def _guard_requests(
+    app: Flask, config: Config, key_of: RateLimitKey | None, redis: "GuardedRedis | None"
+) -> None:
     gate: Gate | None = None
     if config.max_concurrent_requests_mode != "off":
         gate = app.extensions[GATE] = Gate(
@@ -323,6 +500,8 @@ def _guard_requests(app: Flask, config: Config, key_of: RateLimitKey | None) -> 
         )
     if config.rate_limit_mode != "off":
         limiter = RateLimit(config.rate_limit, _PERIOD_S)
+        if redis is not None:
+            limiter.share(redis, "requests")
         app.before_request(partial(_limit_rate, app, config, limiter, key_of))
         app.after_request(partial(_describe_limit, limiter))
 

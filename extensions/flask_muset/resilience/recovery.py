@@ -39,6 +39,11 @@ class ErrorRecovery:
             made = self._make(name, options)
             found = self._breakers.setdefault(name, made)
             if found is made:
+                try:
+                    self._added(made)
+                except ValueError:
+                    del self._breakers[name]
+                    raise
                 return made
         differing = [k for k, v in options.items() if found.options.get(k) != v]
         if differing:
@@ -52,10 +57,14 @@ class ErrorRecovery:
     def _make(self, name: str, options: dict[str, Any]) -> CircuitBreaker:
         return CircuitBreaker(name, **options)
 
+    def _added(self, breaker: CircuitBreaker) -> None:
+        """A breaker is in use from now on, unless this raises a ValueError."""
+
     def share_breakers(self, other: "ErrorRecovery") -> None:
         """Have the breakers of another one."""
         self._breakers = other._breakers
         self._make = other._make  # type: ignore[method-assign]
+        self._added = other._added  # type: ignore[method-assign]
 
     def breakers(self) -> dict[str, CircuitBreaker]:
         """All breakers by name."""

@@ -1,8 +1,8 @@
-"""What other processes have made invalid, as Redis publishes it.
+"""What other processes tell all others, as Redis publishes it.
 
 One greenlet or thread per process listens on a connection of its own, and asks from time to time
-whether it is still heard. What it has missed while it was not, nobody can tell it: so the memory is
-emptied whenever the link begins anew, and while there is none, only lately kept entries are served.
+whether it is still heard. What it has missed while it was not, nobody can tell it: so its listener
+is told whenever the link begins anew, and up to when all that was published is known.
 """
 
 import contextlib
@@ -56,7 +56,9 @@ class Feed:
         channel: On which channel.
         sender: Whose messages are its own and not told.
         listener: Who is told.
+        name: What it is for, in log lines and names of threads.
         beat_s: Seconds between two questions whether the link still holds, and for an answer.
+        lost_level: Of the log line that says that the link is lost.
     """
 
     def __init__(
@@ -66,20 +68,24 @@ class Feed:
         sender: bytes,
         listener: Listener,
         *,
+        name: str,
         beat_s: float = 1.0,
+        lost_level: int = logging.INFO,
     ) -> None:
         self._redis = redis
         self._channel = channel
         self._sender = sender
         #: Weak: an app that is gone needs no feed any more.
         self._listener = weakref.ref(listener)
+        self._name = name
         self._beat_s = beat_s
+        self._lost_level = lost_level
         self._is_closed = False
         self._was_away = False
         self._connection: Any = None
         #: Whether it is heard.
         self.is_linked = False
-        run_beside(self._run, name="cache-feed")
+        run_beside(self._run, name=f"{name}-feed")
         weakref.finalize(listener, self.close).atexit = False
 
     def abandon(self) -> None:
@@ -105,10 +111,10 @@ class Feed:
                 # silent, has nobody at its end.
                 self._was_away = not self.is_linked or isinstance(error, TimeoutError)
                 if not isinstance(error, RedisError | OSError):
-                    _log.warning("a message about invalid entries cannot be read", exc_info=error)
+                    _log.warning("a message to %s cannot be read", self._name, exc_info=error)
                 if self.is_linked and not self._is_closed:
                     pause_s = _FIRST_PAUSE_S
-                    _log.info("the link for invalidations is lost: %s", error)
+                    _log.log(self._lost_level, "%s hears nothing: %s", self._name, error)
             finally:
                 self.is_linked = False
                 self._let_go()
