@@ -240,6 +240,12 @@ def test_the_process_knows_no_secrets(extractor, monkeypatch):
     assert [env.keys() for env in given] == [{"PYTHONPATH"}]
 
 
+@pytest.mark.parametrize("charset", ["\0", "x" * 100_000, "-c", "\udc80", "utf-8\n"])
+def test_a_charset_may_be_anything(extractor, charset):
+    """What is no name of one counts for nothing."""
+    assert extractor.extract("<p>ö".encode(), "html", charset).text == "ö"
+
+
 def test_other_greenlets_run_on(extractor):
     """While a file is read others run; one that is killed leaves no process behind."""
     result = run_patched(

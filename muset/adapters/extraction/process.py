@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ REASONS: Mapping[str, str] = {
     "too_many_pages": "has more than 5,000 pages; split it",
     "too_much": "takes too much time or memory to read; split it, or save it as plain text",
 }
+#: What may be the name of a charset; a client may send anything.
+_CHARSET = re.compile(r"[A-Za-z0-9._:-]{1,40}")
 #: Limits of the process, and crashes of a parser that are due to the file.
 _LIMITS = (signal.SIGXCPU, signal.SIGKILL)
 _CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL)
@@ -67,7 +70,8 @@ class ProcessExtractor:
             InternalError: The program that reads it has failed.
         """
         module = "muset.adapters.extraction.child"
-        arguments = [kind, charset or "", str(self._max_bytes), *self._limits]
+        known = charset if charset and _CHARSET.fullmatch(charset) else ""
+        arguments = [kind, known, str(self._max_bytes), *self._limits]
         # -P: what lies in the working directory is no module. No variable of ours goes along, so
         # that no secret is within reach of what may be wrong with a parser.
         process = subprocess.Popen(  # noqa: S603 - our own module
@@ -94,7 +98,8 @@ class ProcessExtractor:
 
     def _seconds(self) -> float:
         left = deadline.remaining()
-        return self._wall_s if left is None else min(left, self._wall_s)
+        # Timers may fire early: a little later the deadline has passed for certain.
+        return self._wall_s if left is None else min(left + 0.05, self._wall_s)
 
 
 def _result(code: int, out: bytes, err: bytes) -> Extracted:
