@@ -15,9 +15,10 @@ from flask_muset.clock import SYSTEM
 from flask_muset.locks import run_beside
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
-from flask_muset.resilience import CircuitBreaker, Policy, RetryBudget, RetryStrategy
+from flask_muset.resilience import Bulkhead, CircuitBreaker, Policy, RetryBudget, RetryStrategy
 from muset.adapters.cache import JournalProbe, NoCache
 from muset.adapters.documents import SqliteDocumentStore
+from muset.adapters.extraction.process import ProcessExtractor
 from muset.adapters.keys import SqliteKeyStore
 from muset.adapters.preferences import SqlitePreferenceStore
 from muset.adapters.redis import RedisProbe
@@ -30,6 +31,7 @@ from muset.providers.extractive import ExtractiveProvider
 from muset.services.ask import Answer, AskService
 from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
+from muset.services.files import FileService
 from muset.services.keys import KeyService
 from muset.services.preferences import PreferenceService
 from muset.services.usage import UsageService
@@ -39,6 +41,9 @@ __all__ = ["Services", "create_app", "make_services"]
 
 _log = stdlib_logging.getLogger(__name__)
 
+#: Processes that read files at once in one worker, and seconds that a file waits for one.
+_READERS, _READER_WAIT_S = 2, 10.0
+
 
 @dataclass(frozen=True, slots=True)
 class Services:
@@ -47,6 +52,7 @@ class Services:
     database: Database
     keys: KeyService
     documents: DocumentService
+    files: FileService
     ask: AskService
     preferences: PreferenceService
     dead_letters: DeadLetterService
@@ -88,6 +94,11 @@ def make_services(
             time.monotonic,
             track,
             UsageService(SqliteUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside),
+        ),
+        files=FileService(
+            ProcessExtractor(settings.max_document_bytes),
+            resilience.policy("extraction", Bulkhead(_READERS, max_wait=_READER_WAIT_S)),
+            settings.max_document_bytes,
         ),
         preferences=PreferenceService(SqlitePreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),

@@ -32,8 +32,9 @@ from muset import __version__, migrations
 from muset.adapters.backup import copy_database
 from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
-from muset.ports import AnswerStatus, Principal, Role
+from muset.ports import AnswerStatus, Extracted, Principal, Role
 from muset.services.dead_letters import DeadLetterService
+from muset.services.files import SUFFIXES, FileService
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
 
 __all__ = ["main"]
@@ -43,7 +44,6 @@ _UNSURE = 3
 _LONGEST_FLUSH_S = 86_400
 _PAGE = 100
 _MAX_METRICS_BYTES = 100_000_000
-_TEXTS = (".txt", ".text", ".md", ".markdown")
 _LIFETIME = re.compile(r"([1-9][0-9]{0,4})([dhm])")
 _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 
@@ -51,6 +51,11 @@ _UNITS = {"d": "days", "h": "hours", "m": "minutes"}
 def _fail(text: str, code: int = 1) -> None:
     click.echo(f"Error: {text}", err=True)
     sys.exit(code)
+
+
+def _reason(error: MusetError) -> str:
+    entries = [f"{e['field']}: {e['message']}" for e in error.errors if e["field"]]
+    return "; ".join(entries) or error.message or error.user_message
 
 
 def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,8 +68,7 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except SettingsError as error:
             return _fail(str(error), 2)
         except MusetError as error:
-            entries = [f"{e['field']}: {e['message']}" for e in error.errors if e["field"]]
-            return _fail("; ".join(entries) or error.message or error.user_message)
+            return _fail(_reason(error))
         except SQLAlchemyError as error:
             return _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
         except CommandError as error:
@@ -233,20 +237,29 @@ def rotate_key(key_id: int) -> None:
 # --- documents and questions ----------------------------------------------------------------------
 
 
-def _files(paths: Iterable[Path]) -> list[Path]:
-    found: list[Path] = []
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files that are named, and those of the folders that are read; no hidden ones there.
+
+    Links to folders are not followed, so no folder comes twice or for ever.
+    """
     for path in paths:
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in _TEXTS)
-        else:
-            found.append(path)
-    return found
+        if not path.is_dir():
+            yield path
+            continue
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in sorted(names):
+                if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
+                    yield Path(folder, name)
 
 
-def _read(path: Path) -> str:
-    if path.suffix.lower() not in _TEXTS:
-        raise ValueError("only .txt and .md files are read")
-    return path.read_bytes().decode("utf-8")
+def _read(files: FileService, path: Path) -> Extracted:
+    """A file's text and title; it is not read further than is allowed."""
+    # A pipe or device would keep us waiting.
+    if not path.is_file():
+        raise OSError("is no file, or a broken link")
+    with path.open("rb") as file:
+        return files.read(path.name, file.read(files.max_bytes + 1))
 
 
 def _owner(services: Services, email: str) -> Principal:
@@ -258,18 +271,22 @@ def _owner(services: Services, email: str) -> Principal:
 @click.option("--user", default=_ADMIN, metavar="EMAIL", show_default=True, help="The owner.")
 @_guarded
 def ingest(paths: tuple[Path, ...], user: str) -> None:
-    """Store and index text and Markdown files, and folders of them."""
+    """Store and index text, Markdown, HTML and PDF files, and folders of them.
+
+    A file that cannot be read is named, and the others go in; the exit code is 1 then.
+    """
     services = _open(load_settings())
     who = _owner(services, user)
-    files, failures, stored = _files(paths), [], 0
+    files, failures, stored = list(_files(paths)), [], 0
     with click.progressbar(files, label="Indexing", file=sys.stderr) as bar:
         for path in bar:
             try:
-                stored += services.documents.add(who, path.stem, _read(path))[1]
+                found = _read(services.files, path)
+                stored += services.documents.add(who, found.title, found.text)[1]
             except MusetError as error:
-                failures.append((path, error.message or error.user_message))
-            except (OSError, ValueError) as error:
-                failures.append((path, str(error)))
+                failures.append((path, _reason(error)))
+            except OSError as error:
+                failures.append((path, error.strerror or str(error)))
     for path, reason in failures:
         click.echo(f"{path}: {reason}", err=True)
     known = len(files) - stored - len(failures)

@@ -472,6 +472,32 @@ class DocumentStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """What a file says; `title` is empty where it has none of its own."""
+
+    text: str
+    title: str = ""
+
+
+class Extractor(Protocol):
+    """Reads files that are more than text."""
+
+    def extract(self, data: bytes, kind: str, charset: str | None = None) -> Extracted:
+        """The text of a file.
+
+        Args:
+            data: The file.
+            kind: `html` or `pdf`.
+            charset: What its sender says; None for nothing.
+
+        Raises:
+            ValidationError: It cannot be read, and why.
+            OperationTimeoutError: It takes longer than there is time.
+        """
+        ...
+
+
 class PreferenceStore(Protocol):
     """What users like, as a JSON object each; older writes never undo newer ones."""
 

@@ -1,12 +1,11 @@
 """Documents: in, listed, out."""
 
-from pathlib import PurePath
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 from spectree import Response as Described
 
-from flask_muset.errors import MusetError, ValidationError
+from flask_muset.errors import ValidationError
 from muset.blueprints.auth import principal, require_key
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import (
@@ -19,14 +18,12 @@ from muset.blueprints.schemas import (
 )
 from muset.ports import Document
 from muset.services.documents import DocumentService
+from muset.services.files import FileService
 
 __all__ = ["blueprint"]
 
 blueprint = Blueprint("documents", __name__, url_prefix="/api/v1/documents")
 blueprint.before_request(require_key)
-
-_SUFFIXES = (".txt", ".text", ".md", ".markdown")
-_TYPES = ("text/plain", "text/markdown", "text/x-markdown", "application/octet-stream")
 
 
 def _service() -> DocumentService:
@@ -45,33 +42,19 @@ def _summary(document: Document) -> dict[str, Any]:
     }
 
 
-def _unsupported(what: str) -> MusetError:
-    error = ValidationError(
-        what, user_message="Only text and Markdown (.txt, .md) are read.", details={"got": what}
-    )
-    error.status = 415
-    return error
-
-
 def _from_form() -> tuple[str, str]:
     """Title and text of an uploaded file."""
     file = request.files.get("file")
     if file is None:
         raise ValidationError("send the document as the file named 'file'", field="file")
-    name = PurePath((file.filename or "").replace("\\", "/")).name
-    suffix = PurePath(name).suffix.lower()
-    if suffix and suffix not in _SUFFIXES:
-        raise _unsupported(suffix)
-    if file.mimetype and file.mimetype not in _TYPES:
-        raise _unsupported(file.mimetype)
-    try:
-        text = file.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValidationError(
-            f"is not UTF-8: byte {error.start} cannot be read; save the file as UTF-8",
-            field="file",
-        ) from None
-    return request.form.get("title") or PurePath(name).stem or "Untitled", text
+    files: FileService = current_app.extensions["muset"].files
+    found = files.read(
+        file.filename or "",
+        file.read(),
+        media_type=file.mimetype or "",
+        charset=file.mimetype_params.get("charset"),
+    )
+    return request.form.get("title") or found.title, found.text
 
 
 @blueprint.post("")
@@ -82,7 +65,9 @@ def _from_form() -> tuple[str, str]:
     tags=["documents"],
 )
 def add() -> Response:
-    """Store and index a text; it can be asked about when this answers.
+    """Store and index a text, as JSON or as a file; it can be asked about when this answers.
+
+    A file is text or Markdown in UTF-8 (.txt, .md), HTML (.html, .htm) or PDF (.pdf).
 
     The same text by the same user is kept once: 200 with the document that is there.
     """

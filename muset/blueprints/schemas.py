@@ -48,9 +48,18 @@ class DocumentIn(_In):
 
 
 class DocumentForm(BaseModel):
-    """A text or Markdown file in UTF-8; without a title the file's name is taken."""
+    """A file: text or Markdown in UTF-8, HTML, or PDF with text in it.
 
-    file: Annotated[Any, Field(json_schema_extra={"type": "string", "format": "binary"})]
+    Without a title that of the HTML page is taken, else the file's name.
+    """
+
+    file: Annotated[
+        Any,
+        Field(
+            description="text/plain, text/markdown, text/html or application/pdf.",
+            json_schema_extra={"type": "string", "format": "binary"},
+        ),
+    ]
     title: Title | None = None
 
 

@@ -96,9 +96,14 @@ class Fault:
             "after": int, "delay": float, "retry_after": str,
         }  # fmt: skip
         values = dict(pair.partition("=")[::2] for pair in pairs)
-        for name in values:
+        options = {}
+        for name, value in values.items():
             _check(name in types, "an option of a fault", "one of " + ", ".join(types), name)
-        return cls(kind, **{name: types[name](value) for name, value in values.items()})
+            try:
+                options[name] = types[name](value)
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {value!r}.") from None
+        return cls(kind, **options)
 
 
 @dataclass(frozen=True, slots=True)

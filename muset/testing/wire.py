@@ -69,8 +69,8 @@ class Wire(BaseHTTPRequestHandler):
             return False
         return True
 
-    def read_json(self) -> Any:
-        """The value of the body; None where the error has been answered already.
+    def read_json(self) -> dict[str, Any] | None:
+        """The object in the body; None where the error has been answered already.
 
         Raises:
             ClientLeftError: It ends before its length.
@@ -87,10 +87,13 @@ class Wire(BaseHTTPRequestHandler):
         if len(raw) < length:
             raise ClientLeftError
         try:
-            return json.loads(raw)
+            value = json.loads(raw)
         except (ValueError, RecursionError):
-            self.send_error(400, "The body is no JSON.")
+            value = None
+        if not isinstance(value, dict):
+            self.send_error(400, "The body cannot be read: it is no JSON object.")
             return None
+        return value
 
     def error(
         self, status: int, kind: str, code: str | None, text: str, retry_after: str | None = None

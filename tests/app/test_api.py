@@ -54,7 +54,7 @@ def test_same_text_is_kept_once_and_ids_are_not_reused(client, member):
 
 
 def test_upload(client, member):
-    """A Markdown file is taken with its name; other kinds are 415, other encodings 422."""
+    """Files are taken with their names or titles; other kinds are 415, other encodings 422."""
 
     def upload(name, data, **form):
         form["file"] = (io.BytesIO(data), name)
@@ -63,7 +63,12 @@ def test_upload(client, member):
     made = upload("notes.md", "Größe: 3 m".encode())
     assert (made.status_code, made.json["title"], made.json["characters"]) == (201, "notes", 10)
     assert upload("a.txt", b"text", title="Named").json["title"] == "Named"
-    assert upload("a.pdf", b"%PDF").status_code == 415
+    page = upload("a.html", b"<title>On bees</title><p>One queen.</p>").json
+    assert (page["title"], page["characters"]) == ("On bees", 10)
+    for name in ("a.docx", "a.pdf.exe"):
+        refused = upload(name, b"x")
+        assert refused.status_code == 415
+        assert ".html, .pdf" in refused.json["message"]
     bad = upload("b.txt", b"abc\xff")
     assert bad.status_code == 422
     assert "byte 3" in bad.json["errors"][0]["message"]

@@ -1,6 +1,8 @@
 """The command line."""
 
 import json
+import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -10,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from click.testing import CliRunner
+from made_files import page, pdf
 
 from flask_muset.errors import AuthenticationError
 from muset.cli import main
@@ -66,11 +69,43 @@ def test_ingest_and_ask(run, tmp_path):
     assert "0 stored, 1 known already" in run("ingest", str(folder)).output
     failed = run("ingest", str(folder / "ignored.bin"))
     assert failed.exit_code == 1
-    assert "only .txt and .md" in failed.output
+    assert ".bin is not read; only .txt" in failed.output
     answer = run("ask", "How many eggs does the queen lay?", "--json")
     assert (answer.exit_code, json.loads(answer.output)["status"]) == (0, "answered")
     unsure = run("ask", "What is the capital of Australia?")
     assert unsure.exit_code == 3
+
+
+def test_ingest_goes_through_folders(run, tmp_path):
+    """All kinds and levels, nothing hidden, no link for ever; bad ones are named, others go in."""
+    folder = tmp_path / "library"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    (folder / "deep" / "er" / "a.pdf").write_bytes(pdf([page("Bees make honey.")]))
+    (folder / "b.HTM").write_text("<title>Wasps</title><p>Wasps make paper.")
+    (folder / "c.markdown").write_text("Ants make hills.")
+    for hidden in (folder / ".secret.txt", folder / ".git" / "d.txt"):
+        hidden.write_text("Hidden.")
+    (folder / "deep" / "loop").symlink_to(folder)
+    (folder / "self.txt").symlink_to(folder / "self.txt")
+    (folder / "bad.pdf").write_bytes(b"%PDF-1.4")
+    (folder / "large.txt").write_bytes(b"x" * (10 * 1024 * 1024 + 1))
+    (folder / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    os.mkfifo(folder / "pipe.txt")
+    result = run("ingest", str(folder))
+    assert result.exit_code == 1
+    assert "3 stored, 0 known already, 5 failed." in result.output
+    for name, reason in (
+        ("bad.pdf", "damaged"),
+        ("large.txt", "more than 10485760 bytes"),
+        ("latin.txt", "byte 2"),
+        ("pipe.txt", "is no file"),
+        ("self.txt", "is no file"),
+    ):
+        assert re.search(rf"library/{name}: .*{reason}", result.output), name
+    answer = json.loads(run("ask", "What do wasps make?", "--json").output)
+    assert answer["citations"][0]["title"] == "Wasps"
+    assert run("ingest", str(folder / ".secret.txt")).exit_code == 0
 
 
 def test_bad_settings_are_exit_code_2(tmp_path):

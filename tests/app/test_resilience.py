@@ -220,12 +220,12 @@ def test_policies_are_listed_and_changed(make, clock, caplog):
     _, client, who = make()
     url = "/api/v1/admin/policies"
     listed = client.get(url, headers=who).json["items"]
-    assert [item["name"] for item in listed] == ["database", "extractive"]
-    assert listed[1] == {
+    assert [item["name"] for item in listed] == ["database", "extraction", "extractive"]
+    assert listed[2] == {
         "name": "extractive",
         "state": "closed",
         "parts": ["retry", "circuit_breaker"],
-        "breaker": listed[1]["breaker"],
+        "breaker": listed[2]["breaker"],
     }
     with caplog.at_level(logging.CRITICAL):
         logging.getLogger("muset.audit").setLevel(logging.INFO)

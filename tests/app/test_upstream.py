@@ -277,6 +277,7 @@ def test_a_key(upstream):
         ("{", 400),
         ("[" * 100_000, 400),
         ("[]", 400),
+        ("null", 400),
         ('{"model": "scripted"}', 400),
         ('{"model": "scripted", "messages": [{"role": "user"}]}', 400),
         (
@@ -326,6 +327,7 @@ def test_the_record_is_bounded(upstream):
         (lambda: Fault("cut", delay=float("nan")), "delay must be"),
         (lambda: Fault("rate_limited", retry_after="1\r\nX: y"), "retry_after must be"),
         (lambda: Fault.parse("cut,often=1"), "an option of a fault must be one of times"),
+        (lambda: Fault.parse("cut,times=x"), "times must be a number, got 'x'"),
         (lambda: Delay.parse("gauss:1:2"), "a delay must be SECONDS"),
         (lambda: Delay.parse("-1"), "a delay must be SECONDS"),
         (lambda: Delay.parse("uniform:1"), "a delay must be SECONDS"),
