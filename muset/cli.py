@@ -30,6 +30,7 @@ from muset import __version__, migrations
 from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Principal, Role
+from muset.services.ask import Question
 from muset.services.dead_letters import DeadLetterService
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
 
@@ -282,7 +283,8 @@ def ingest(paths: tuple[Path, ...], user: str) -> None:
 @_guarded
 def ask(question: str, documents: tuple[int, ...], as_json: bool) -> None:
     """Answer a question from the stored documents."""
-    answer = _open(load_settings()).ask.ask(question, document_ids=list(documents) or None)
+    asked = Question(question, document_ids=list(documents) or None)
+    answer = _open(load_settings()).ask.ask(asked)
     if as_json:
         citations = [
             {

@@ -37,7 +37,7 @@ from flask_muset.translate import (
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["ErrorHandler", "recent_errors"]
+__all__ = ["ErrorHandler", "error_body", "recent_errors"]
 
 _KEY = "error_handler"
 #: Marks on an exception: what was done with it. Their value is the token of the request, because an
@@ -140,6 +140,27 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
         raise RuntimeError(f"ErrorHandler is not set up on app {app.name!r}; call init_app first.")
     state: _State = app.extensions[_KEY]
     return state.recent.newest()
+
+
+def error_body(app: Flask, exception: Exception, environ: "WSGIEnvironment") -> str:
+    """Record an exception of a response that has begun, and say it in JSON on one line.
+
+    For streams that can tell their client what has happened, and end well then.
+
+    Args:
+        app: Whose error it is; ErrorHandler is set up on it.
+        exception: As it was raised.
+        environ: Of the request; whatever it accepts, this is JSON.
+    """
+    state: _State = app.extensions[_KEY]
+    incoming = app.request_class({k: v for k, v in environ.items() if k != "HTTP_ACCEPT"})
+    try:
+        error, secrets = _record(app, state, exception, incoming, streaming=True)
+        answer = _render(app, state, error, exception, incoming, secrets)
+        return answer.get_data(as_text=True)
+    except Exception as failure:  # noqa: BLE001 - whatever broke, the client gets valid JSON
+        _report_failure(failure)
+        return render.constant_body(incoming.path, _id_of(incoming)).decode()
 
 
 def _bind(app: Flask, state: _State) -> None:
