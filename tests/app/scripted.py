@@ -7,6 +7,9 @@ from flask_muset.clock import SYSTEM
 from muset.ports import Delta, Model, Tokens
 
 
+SMALL = (Model("small"),)
+
+
 class Scripted:
     """Answers each call by the next script, the last one again and again.
 
@@ -15,7 +18,7 @@ class Scripted:
     the script has some of its own or raises.
     """
 
-    def __init__(self, *scripts, name="first", models=(Model("small"),), has_markers=True):
+    def __init__(self, *scripts, name="first", models=SMALL, has_markers=True):
         self.name, self.models, self.has_markers = name, models, has_markers
         self._scripts = [script if isinstance(script, list) else [script] for script in scripts]
         self.questions = []
