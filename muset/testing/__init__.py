@@ -1,0 +1,1 @@
+"""What tests, load runs and demonstrations of the service need, and the service itself does not."""
