@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
@@ -123,6 +123,13 @@ def _database_url(text: str) -> str:
     return text
 
 
+def _absolute_path(text: str) -> str:
+    # As with the database: `muset serve` goes to another folder.
+    if not text.startswith("/") or text.endswith("/"):
+        raise ValueError("the absolute path of a file")
+    return text
+
+
 def _admin_key(text: str) -> str:
     if not (text.startswith("msk_") and len(text) >= 47 and text.isascii() and text.isprintable()):
         raise ValueError("msk_ and at least 43 random letters, as `muset keys create` makes them")
@@ -227,6 +234,26 @@ SETTINGS: tuple[Setting, ...] = (
         _integer(1024, 1 << 30),
         "Size of a document at most, in bytes of UTF-8.",
     ),
+    Setting(
+        "AI_PROVIDERS",
+        None,
+        _absolute_path,
+        "A TOML file that lists the model servers; unset means AI_BASE_URL, or no model.",
+    ),
+    Setting(
+        "AI_BASE_URL",
+        None,
+        _url("http", "https"),
+        "The one model server: its OpenAI-compatible API, such as https://llm.example.org/v1.",
+    ),
+    Setting("AI_API_KEY", None, _text, "The key for AI_BASE_URL.", secret=True),
+    Setting("AI_MODEL", None, _text, "The model that AI_BASE_URL is asked for."),
+    Setting(
+        "AI_IDLE_TIMEOUT",
+        10.0,
+        _seconds(0.1, 3600),
+        "Seconds without a token, once the first has come, that end an answer.",
+    ),
 )
 
 
@@ -241,10 +268,12 @@ class Settings:
     Attributes:
         values: By the name of the variable, in their final types.
         sources: By the name of the variable: `default`, `environment` or `file`.
+        environ: What they were read from; AI_PROVIDERS names variables that keys are in.
     """
 
     values: Mapping[str, Any] = field(default_factory=_default_values)
     sources: Mapping[str, str] = field(default_factory=dict)
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def host(self) -> str:
@@ -362,6 +391,35 @@ class Settings:
         """Size of a document at most, in bytes of UTF-8."""
         return int(self.values["MUSET_MAX_DOCUMENT_BYTES"])
 
+    @property
+    def ai_providers(self) -> Path | None:
+        """The file that lists the model servers."""
+        path = self.values["AI_PROVIDERS"]
+        return None if path is None else Path(path)
+
+    @property
+    def ai_base_url(self) -> str | None:
+        """The one model server."""
+        url: str | None = self.values["AI_BASE_URL"]
+        return url
+
+    @property
+    def ai_api_key(self) -> str | None:
+        """Its key."""
+        key: str | None = self.values["AI_API_KEY"]
+        return key
+
+    @property
+    def ai_model(self) -> str | None:
+        """Its model."""
+        model: str | None = self.values["AI_MODEL"]
+        return model
+
+    @property
+    def ai_idle_timeout_s(self) -> float:
+        """Seconds without a token, once the first has come, that end an answer."""
+        return float(self.values["AI_IDLE_TIMEOUT"])
+
     def shown(self, setting: Setting) -> str:
         """A value as people may see it."""
         value = self.values[setting.name]
@@ -369,11 +427,12 @@ class Settings:
             return "(unset)"
         if isinstance(value, tuple):
             return ",".join(value) or "(none)"
-        if setting.secret:
+        if "://" in str(value):
             parts = urlsplit(str(value))
-            if not parts.scheme or parts.username or parts.password:
-                host = f"{HIDDEN}@{parts.hostname}" if parts.hostname else ""
-                return urlunsplit(parts._replace(netloc=host)) if parts.scheme else HIDDEN
+            if parts.username or parts.password:
+                return urlunsplit(parts._replace(netloc=f"{HIDDEN}@{parts.hostname}"))
+        elif setting.secret:
+            return HIDDEN
         return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -389,6 +448,20 @@ def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]
         return Path(path).read_text(encoding="utf-8").strip(), "file"
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"a readable file in {setting.name}_FILE ({error})") from None
+
+
+def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
+    """What is allowed by itself and not with the rest."""
+    if values["RETRY_MAX_DELAY"] < values["RETRY_INITIAL_DELAY"]:
+        yield (
+            f"RETRY_MAX_DELAY must be at least RETRY_INITIAL_DELAY "
+            f"({values['RETRY_INITIAL_DELAY']:g}), got {values['RETRY_MAX_DELAY']:g}."
+        )
+    one = [name for name in ("AI_BASE_URL", "AI_API_KEY", "AI_MODEL") if values[name] is not None]
+    if one and values["AI_PROVIDERS"] is not None:
+        yield f"AI_PROVIDERS and {', '.join(one)} are two ways to say the same; unset one of them."
+    elif one and (values["AI_BASE_URL"] is None or values["AI_MODEL"] is None):
+        yield f"AI_BASE_URL and AI_MODEL are needed together, got {', '.join(one)} alone."
 
 
 def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
@@ -410,13 +483,10 @@ def load_settings(environ: Mapping[str, str] | None = None) -> Settings:
                 values[setting.name] = setting.parse(text)
                 sources[setting.name] = source
         except ValueError as expected:
-            got = HIDDEN if setting.secret else repr(text)
+            got = HIDDEN if setting.secret or "@" in (text or "") else repr(text)
             problems.append(f"{setting.name} must be {expected}, got {got}.")
-    if not problems and values["RETRY_MAX_DELAY"] < values["RETRY_INITIAL_DELAY"]:
-        problems.append(
-            f"RETRY_MAX_DELAY must be at least RETRY_INITIAL_DELAY "
-            f"({values['RETRY_INITIAL_DELAY']:g}), got {values['RETRY_MAX_DELAY']:g}."
-        )
+    if not problems:
+        problems += _contradictions(values)
     if problems:
         raise SettingsError("\n".join(problems))
-    return Settings(values, sources)
+    return Settings(values, sources, dict(environ))

@@ -14,9 +14,10 @@ from muset.ports import (
     Span,
     Tokens,
 )
+from muset.providers.config import ProviderConfig
 from muset.services.text import split_sentences, terms
 
-__all__ = ["ExtractiveProvider"]
+__all__ = ["ExtractiveProvider", "from_config"]
 
 #: An answer has at most so many sentences: enough for a fact with its context.
 _MAX_SENTENCES = 4
@@ -150,3 +151,14 @@ def _citation(candidate: _Candidate) -> Citation:
         end=passage.start + candidate.span.end,
         quote=candidate.text,
     )
+
+
+def from_config(config: ProviderConfig) -> ExtractiveProvider:
+    """Make one where AI_PROVIDERS lists it; it is the last one without that too.
+
+    Raises:
+        ValueError: It has another name, or is told what it cannot use.
+    """
+    if config != ProviderConfig(ExtractiveProvider.name, idle_timeout_s=config.idle_timeout_s):
+        raise ValueError(f"a provider of this kind is named {ExtractiveProvider.name!r}, no more")
+    return ExtractiveProvider()
