@@ -30,6 +30,7 @@ from muset import __version__, migrations
 from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Principal, Role
+from muset.providers.config import load_providers
 from muset.services.ask import Question
 from muset.services.dead_letters import DeadLetterService
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
@@ -85,7 +86,7 @@ def main() -> None:
 def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    services = make_services(settings, Resilience())
+    services = make_services(settings, Resilience(), providers=load_providers(settings))
     # Else nothing is written: the service may have the database locked.
     if not services.database.read(migrations.is_newest):
         services.database.write(migrations.upgrade)

@@ -6,7 +6,6 @@ from dataclasses import replace
 from flask_muset.clock import SYSTEM
 from muset.ports import Delta, Model, Tokens
 
-
 SMALL = (Model("small"),)
 
 
