@@ -30,6 +30,8 @@ _MAX_KEY_BYTES = 16_384
 _PARTS: Mapping[str, Part] = {
     part.kind: part for part in (RetryStrategy(), CircuitBreaker("-"), Bulkhead(1), Timeout(1.0))
 }
+#: What has no default that would fit.
+_NEEDED = {"bulkhead": "limit", "timeout": "seconds"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +260,9 @@ class _Entry:
             if not isinstance(options, dict):
                 self.refuse(key, "a table", options)
             self.check_keys(options, tuple(part.options), f"{key}.")
+            needed = _NEEDED.get(kind)
+            if needed is not None and needed not in options:
+                self.refuse(f"{key}.{needed}", "set", None)
             policy[kind] = _without_decimals(options)
             try:
                 part.like(**policy[kind])

@@ -5,6 +5,7 @@ what becomes of the connection is decided here: one whose answer was not read to
 never drained and never used again. Nothing is sent twice, no redirect is followed, no proxy used.
 """
 
+import re
 import select
 import socket
 import ssl
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, NewConnectionError
 from urllib3.exceptions import TimeoutError as ClientTimeoutError
 from urllib3.response import HTTPResponse
 
@@ -53,15 +54,19 @@ class Server:
     """
 
     def __init__(self, name: str, base_url: str) -> None:
+        self._idle: deque[tuple[float, HTTPConnection]] = deque()
         self.name = name
         self._is_tls, self._host, self._port, self.path = _parts_of(base_url)
         self._tls: ssl.SSLContext | None = None
-        self._idle: deque[tuple[float, HTTPConnection]] = deque()
         self._inherited: deque[tuple[float, HTTPConnection]] | None = None
         self._busy = 0
         give_lock(self)
 
     _lock: Any
+
+    def __del__(self) -> None:
+        for _, connection in self._idle:
+            connection.close()
 
     def take(self) -> HTTPConnection:
         """A connection, kept or new; it has to be given back.
@@ -117,8 +122,8 @@ def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
         raise ValueError("must begin with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must bear no credentials; put the key into api_key_env or api_key_file")
-    if parts.query or parts.fragment or not base_url.isascii() or not base_url.isprintable():
-        raise ValueError("must be a plain address without ?, # and spaces")
+    if not re.fullmatch(r"[!-~]+", base_url) or parts.query or parts.fragment:
+        raise ValueError("must be ASCII without spaces, ? and #")
     return parts.scheme == "https", host, port, parts.path.rstrip("/")
 
 
@@ -196,9 +201,10 @@ class Call:
         try:
             connection.timeout = self._left_s()
             connection.connect()
-        except _TIMED_OUT as error:
-            self._fail(error)
         except (OSError, HTTPError) as error:
+            # To urllib3 a connection that was refused is one that took too long.
+            if isinstance(error, _TIMED_OUT) and not isinstance(error, NewConnectionError):
+                self._fail(error)
             raise ExternalServiceError(
                 f"{self._server.name} cannot be reached: {error}", unavailable=True
             ) from error

@@ -176,16 +176,22 @@ class OpenAIProvider:
             yield Event(b"", body)
             reply.is_done = True
             return
+        for event in self._parsed(call, reply):
+            if event.data.strip() == _DONE:
+                reply.is_done = True
+                return
+            yield event
+
+    def _parsed(self, call: Call, reply: "_Reply") -> Iterator[Event]:
         reader, received = EventReader(_MAX_EVENT_BYTES), 0
-        while data := self._read(call, reply):
-            received += len(data)
-            self._check_length(received)
-            for event in self._parsed(reader.feed(data)):
-                if event.data.strip() == _DONE:
-                    reply.is_done = True
-                    return
-                yield event
-        yield from self._parsed(reader.end())
+        try:
+            while data := self._read(call, reply):
+                received += len(data)
+                self._check_length(received)
+                yield from reader.feed(data)
+            yield from reader.end()
+        except ValueError as error:
+            self._malformed(str(error))
 
     def _read(self, call: Call, reply: "_Reply") -> bytes:
         try:
@@ -199,12 +205,6 @@ class OpenAIProvider:
     def _check_length(self, received: int) -> None:
         if received > _MAX_ANSWER_BYTES:
             self._malformed(f"an answer of more than {_MAX_ANSWER_BYTES} bytes")
-
-    def _parsed(self, events: Iterator[Event]) -> Iterator[Event]:
-        try:
-            yield from events
-        except ValueError as error:
-            self._malformed(str(error))
 
     def _chunk(self, event: Event, question: ModelQuestion) -> Chunk:
         if event.name == b"error":
