@@ -3,6 +3,7 @@
 Source: HTML Living Standard, 9.2 "Server-sent events".
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import asdict
@@ -84,7 +85,7 @@ def _chunks(app: Flask, environ: "WSGIEnvironment", stream: AnswerStream) -> Ite
     try:
         with closing(iter(stream)) as batches:
             for batch in batches:
-                text = "".join(_event(app, next(ids), event) for event in batch) or _COMMENT
+                text = "".join(_event(next(ids), event) for event in batch) or _COMMENT
                 yield (lead + text).encode()
                 lead = ""
     except Exception as error:
@@ -93,9 +94,10 @@ def _chunks(app: Flask, environ: "WSGIEnvironment", stream: AnswerStream) -> Ite
         yield _framed(next(ids), "error", error_body(app, error, environ)).encode()
 
 
-def _event(app: Flask, number: int, event: Event) -> str:
+def _event(number: int, event: Event) -> str:
     name, data = _named(event)
-    return _framed(number, name, app.json.dumps(data))
+    # All of it is plain, so this needs no encoder of the app's, which is made anew for each call.
+    return _framed(number, name, json.dumps(data))
 
 
 def _named(event: Event) -> tuple[str, Mapping[str, Any]]:

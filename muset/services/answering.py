@@ -232,16 +232,18 @@ class Asking:
             Exception: What the last one that was asked has raised; or the one whose text the client
                 has a part of.
         """
-        raised: Exception | None = None
         try:
-            return self._models_answer(sink) or self._resorts_answer(sink)
-        except Exception as error:
-            raised = error
-            raise
+            answer = self._models_answer(sink) or self._resorts_answer(sink)
+            self._log_errors()
+            return answer
         finally:
-            for each in self._errors:
-                if each is not raised and not _is_refusal(each):
-                    _log.warning("a provider failed: %s: %s", type(each).__name__, each)
+            self._errors.clear()  # their tracebacks know this object: a circle
+
+    def _log_errors(self, but: Exception | None = None) -> None:
+        """Say what nobody else will."""
+        for error in self._errors:
+            if error is not but and not _is_refusal(error):
+                _log.warning("a provider failed: %s: %s", type(error).__name__, error)
 
     def _models_answer(self, sink: Sink) -> Answer | None:
         try:
@@ -266,7 +268,12 @@ class Asking:
             if answer is not None:
                 return replace(answer, status=AnswerStatus.DEGRADED)
         real = [error for error in self._errors if not _is_refusal(error)]
-        raise real[-1] if real else min(self._errors, key=_wait_s)
+        error = real[-1] if real else min(self._errors, key=_wait_s)
+        self._log_errors(but=error)
+        try:
+            raise error
+        finally:
+            del error, real
 
     def _ask(self, source: Source, model: Model, share: int, sink: Sink) -> Answer | None:
         """The answer of one provider, None if it has failed and another one may be asked.

