@@ -14,6 +14,7 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from enum import StrEnum
 from typing import Any
 
+from flask_muset.clock import SYSTEM
 from flask_muset.deadline import Expired, Scope, deadline
 from flask_muset.errors import (
     CircuitOpenError,
@@ -210,6 +211,7 @@ class Asking:
         self._resort = None if is_candidate else resort
         self._account = account
         self._errors: list[Exception] = []
+        self._until, self._counts, self._reserved_s = math.inf, True, 0.0
         self._ended = answering.clock()
         self._items: Iterator[Any] | None = None
 
@@ -224,14 +226,16 @@ class Asking:
         """Ask until there is an answer.
 
         Args:
-            sink: Gets the model and the text as they come. If it is live, all deadlines end with
-                the first token: from then on the provider's idle limit holds.
+            sink: Gets the model and the text as they come. With the first token a provider's share
+                of the time ends, and its policy's time-out; if the sink is live, every deadline
+                does: from then on the provider's idle limit holds.
 
         Raises:
             CircuitOpenError: All are known to fail; with the time until the first may be asked.
             Exception: What the last one that was asked has raised; or the one whose text the client
                 has a part of.
         """
+        self._begin()
         try:
             answer = self._models_answer(sink) or self._resorts_answer(sink)
             self._log_errors()
@@ -247,7 +251,7 @@ class Asking:
 
     def _models_answer(self, sink: Sink) -> Answer | None:
         try:
-            with _bounded(1, self._reserved_s()):
+            with self._bounded(1, self._reserved_s):
                 for number, (source, model) in enumerate(self._candidates):
                     answer = self._ask(source, model, len(self._candidates) - number, sink)
                     if answer is not None:
@@ -256,14 +260,24 @@ class Asking:
             self._failed(error, sink)
         return None
 
-    def _reserved_s(self) -> float:
-        left_s = deadline.remaining()
-        if self._resort is None or left_s is None:
-            return 0.0
-        return min(_RESORT_S, _RESORT_SHARE * left_s)
+    def _begin(self) -> None:
+        """Whose time it is is known now: a stream is made beside whoever asks for it."""
+        scope = deadline.current()
+        if scope is not None:
+            self._until, self._counts = scope.at, scope.counts
+        if self._resort is not None:
+            self._reserved_s = min(_RESORT_S, _RESORT_SHARE * (self._until - SYSTEM.now()))
+
+    def _bounded(self, parts: int, reserved_s: float = 0.0) -> AbstractContextManager[object]:
+        """One of several equal parts of the time that is left, but for what is reserved."""
+        if self._until == math.inf:
+            return nullcontext()
+        left_s = self._until - reserved_s - SYSTEM.now()
+        return deadline(max(0.0, left_s) / parts, counts=self._counts)
 
     def _resorts_answer(self, sink: Sink) -> Answer:
         if self._resort is not None:
+            self._reserved_s = 0.0
             answer = self._ask(self._resort, self._resort.provider.models[0], 1, sink)
             if answer is not None:
                 return replace(answer, status=AnswerStatus.DEGRADED)
@@ -285,10 +299,11 @@ class Asking:
             sink: Where its text goes.
         """
         calls = len(self._account.attempts)
+        outer = None if sink.is_live else deadline.current()
         try:
-            with _bounded(share) as scope:
+            with self._bounded(share, self._reserved_s):
                 answer: Answer = source.policy.call(
-                    lambda: self._attempt(source.provider, model, sink, scope)
+                    lambda: self._attempt(source.provider, model, sink, outer)
                 )
                 return answer
         except _SentError as sent:
@@ -318,13 +333,20 @@ class Asking:
     # --- One call
 
     def _attempt(
-        self, provider: StreamingProvider, model: Model, sink: Sink, share: Scope | None
+        self, provider: StreamingProvider, model: Model, sink: Sink, outer: Scope | None
     ) -> Answer:
-        """Call a provider once; whatever becomes of it is written down."""
+        """Call a provider once; whatever becomes of it is written down.
+
+        Args:
+            provider: Whom.
+            model: Which of its models.
+            sink: Where its text goes.
+            outer: The deadline that still holds after the first token.
+        """
         draft, outcome = _Draft(self._retrieval, has_markers=provider.has_markers), None
         began = self._answering.clock()
         try:
-            self._read(provider, model, draft, sink, share)
+            self._read(provider, model, draft, sink, outer)
             outcome = Outcome.SUCCESS
             return draft.answer(provider.name, model.name)
         except Expired:
@@ -347,14 +369,14 @@ class Asking:
         model: Model,
         draft: "_Draft",
         sink: Sink,
-        share: Scope | None,
+        outer: Scope | None,
     ) -> None:
         question = ModelQuestion(self._question, self._retrieval, model.name, self._max_tokens)
         items = self._items = provider.stream(question)
         try:
             for item in items:
                 if isinstance(item, Delta) and not draft.received:
-                    _end_deadlines(share, are_all=sink.is_live)
+                    _end_deadlines(outer)
                 text = draft.take(item)
                 if text:
                     self._tell(text, model, draft, sink)
@@ -449,19 +471,9 @@ class _SentError(ExternalServiceError):
         self.error = error
 
 
-def _bounded(parts: int, reserved_s: float = 0.0) -> AbstractContextManager[Scope | None]:
-    """One of several equal parts of the time that is left; no bound where there is no deadline."""
-    scope, left_s = deadline.current(), deadline.remaining()
-    if scope is None or left_s is None:
-        return nullcontext()
-    return deadline(max(0.0, left_s - reserved_s) / parts, counts=scope.counts)
-
-
-def _end_deadlines(share: Scope | None, *, are_all: bool) -> None:
-    """The first token is there: a provider's share is over, for a stream every deadline is."""
-    if share is not None:
-        share.leave()
-    while are_all and (scope := deadline.current()) is not None:
+def _end_deadlines(outer: Scope | None) -> None:
+    """The first token is there: only the outer deadline still holds, for a stream none."""
+    while (scope := deadline.current()) is not None and scope is not outer:
         scope.leave()
 
 

@@ -218,7 +218,10 @@ def test_two_hang(tmp_path, prove):
 
 
 def test_deadlines_and_clients_that_leave(tmp_path):
-    """A stream may outlast REQUEST_TIMEOUT, a whole answer not; who leaves ends the call."""
+    """A stream may outlast REQUEST_TIMEOUT, a whole answer not; who leaves ends the call.
+
+    After a cut within the hold-back, the next provider has only what is left of the time.
+    """
     result = run(
         """
         service = service_of("first", REQUEST_TIMEOUT="0.5", times=Times(hold_back_s=0.05))
@@ -231,7 +234,13 @@ def test_deadlines_and_clients_that_leave(tmp_path):
             active = upstream.state["active"]
         is_closed = closed_within(5)
         row, seen = service.ledger()[-1], upstream.requests[-1]
+        upstream.script(["cut", "hang"])
+        app = service_of("first", "second", REQUEST_TIMEOUT="1", times=Times(hold_back_s=5))
+        began = time.monotonic()
+        with app.ask(headers=STREAM, k=6) as answer:
+            last = events_of(answer.text)[-1]
         result = [
+            last, time.monotonic() - began < 10, closed_within(5),
             events[-1], whole["status"], whole["attempts"][0]["outcome"],
             active, is_closed, seen.client_left, row["status"], row["output_tokens"] > 0,
         ]
@@ -239,6 +248,7 @@ def test_deadlines_and_clients_that_leave(tmp_path):
         tmp_path,
     )
     assert result == [
+        *(["done", {"status": "degraded"}], True, True),
         *(["done", {"status": "answered"}], "degraded", "timeout"),
         *(1, True, True, "client_closed", True),
     ]
