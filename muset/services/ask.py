@@ -10,6 +10,7 @@ from typing import Any
 from flask_muset.errors import ValidationError
 from muset.ports import AnswerStatus, Asker, Cache, Delta, DocumentStore, Ledger, Tokens
 from muset.services.answering import UNSURE, Account, Answer, Answering, Asking
+from muset.services.shared_read import SharedRead
 from muset.services.streaming import (
     AnswerStream,
     Done,
@@ -83,6 +84,7 @@ class AskService:
         is_draining: Callable[[], bool] = lambda: False,
     ) -> None:
         self._documents = documents
+        self._version = SharedRead(documents.version)
         self._cache = cache
         self._answering = answering
         self._ledger = ledger
@@ -149,7 +151,7 @@ class AskService:
             missing = sorted(set(ids) - self._documents.existing(ids))
             if missing:
                 raise ValidationError(f"unknown ids {missing}", field="document_ids")
-        version = self._documents.version()
+        version = self._version()
         models = [(source.provider.name, model.name) for source, model in candidates]
         key = _key(question, models, version)
         return _Task(question, key, version, models[0], Account())
@@ -196,7 +198,7 @@ class AskService:
 
     def _standing(self, answer: Answer, task: "_Task") -> Answer:
         """The answer, unless a document that it cites is gone: then nothing is left of it."""
-        if not answer.citations or self._documents.version() == task.version:
+        if not answer.citations or self._version() == task.version:
             return answer
         cited = {citation.document_id for citation in answer.citations}
         if cited <= self._documents.existing(sorted(cited)):
