@@ -162,7 +162,8 @@ def test_many_streams(asked, prove):
     )
     assert len(whole) == count
     assert len({one[3].replace("  ", " ") for one in found}) == 1
-    assert rows == {"success": count}
+    assert rows["success"] == count
+    assert sum(rows.values()) <= count + refused
     assert len(seen) == count
     assert sum(each.tokens for each in seen) == count * seen[0].tokens
 
