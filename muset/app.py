@@ -123,13 +123,17 @@ def _answering(
     extractive = ExtractiveProvider()
     models = [
         Source(each.provider, _provider_policy(resilience, each.provider.name, each.policy))
-        for each in providers
-        if not isinstance(each.provider, ExtractiveProvider)
+        for each in _models(providers)
     ]
     resort = Source(extractive, resilience.policy(extractive.name))
     if not models:
         return Answering([resort], None, lambda: SYSTEM.now(), track)
     return Answering(models, resort, lambda: SYSTEM.now(), track)
+
+
+def _models(providers: Sequence[Configured]) -> list[Configured]:
+    """Without the documents themselves, which are the last resort whether they are listed or not."""
+    return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
 
 
 def _provider_policy(
@@ -213,7 +217,7 @@ def create_app(
     app.config.update(settings.resilience, **settings.metrics)
     providers = load_providers(settings) if providers is None else providers
     app.config["RESILIENCE_POLICIES"] = {
-        each.provider.name: each.policy for each in providers if each.policy
+        each.provider.name: each.policy for each in _models(providers) if each.policy
     }
     tracing.init_app(app)
     logging.init_app(app)
