@@ -10,8 +10,8 @@ run: .venv/.run
 	@exec $(BIN)/muset serve
 
 test: .venv/.test .venv-ext/.test
-	.venv-ext/bin/python -m pytest -q tests/ext
-	$(BIN)/python -m pytest -q tests --ignore=tests/ext
+	.venv-ext/bin/python -m pytest -q -n auto --dist loadfile tests/ext
+	$(BIN)/python -m pytest -q -n auto --dist loadfile tests --ignore=tests/ext
 
 check: .venv/.check docs
 	$(BIN)/ruff check .

@@ -132,7 +132,7 @@ def _answering(
 
 
 def _models(providers: Sequence[Configured]) -> list[Configured]:
-    """Without the documents themselves, which are the last resort whether they are listed or not."""
+    """Without the documents themselves: they are the last resort, listed or not."""
     return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
 
 
@@ -222,9 +222,9 @@ def create_app(
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
-    ErrorHandler(app)
-    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     redis = _redis(app, settings)
+    ErrorHandler(app, redis=redis)
+    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
     if redis is None and settings.web_concurrency > 1:
         app.config["CACHE_STRATEGIES_ENABLED"] = False
         _log.warning(

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import socket
+import sqlite3
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,14 @@ from urllib.request import Request, urlopen
 
 import click
 from alembic.util import CommandError
+from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_muset import Resilience
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.errors import MusetError
 from muset import __version__, migrations
+from muset.adapters.backup import copy_database
 from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Principal, Role
@@ -468,6 +471,38 @@ def upgrade() -> None:
     """Bring the schema to the newest version."""
     _open(load_settings())
     click.echo("The database has the newest schema.")
+
+
+def _sqlite_files(settings: Settings) -> list[Path]:
+    """The databases that are files, the journal first.
+
+    What moves from the journal to the database meanwhile is then in both copies, and written twice
+    is written once.
+    """
+    url = make_url(settings.database_url)
+    database = Path(str(url.database)) if url.get_backend_name() == "sqlite" else None
+    files = [settings.journal_path, database]
+    return [path for path in files if path is not None and path.exists()]
+
+
+@main.command("backup")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path))
+@_guarded
+def back_up(folder: Path) -> None:
+    """Copy the databases of the data folder into another FOLDER; works while the service runs."""
+    settings = load_settings()
+    files = _sqlite_files(settings)
+    if make_url(settings.database_url).get_backend_name() != "sqlite":
+        click.echo("The database is a server's: back it up with its own tool, such as pg_dump.")
+    elif not files:
+        _fail(f"there is no database in {settings.data_dir} yet; is MUSET_DATA_DIR right?")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for source in files:
+        try:
+            size = copy_database(source, folder / source.name)
+        except sqlite3.Error as error:
+            _fail(f"{source} cannot be copied: {error}")
+        click.echo(f"{folder / source.name}\t{size} bytes")
 
 
 if __name__ == "__main__":

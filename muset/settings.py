@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-__all__ = ["SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
+__all__ = ["HIDDEN", "SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
 
 HIDDEN = "********"
 

@@ -69,10 +69,16 @@ def pytest_runtest_makereport(item, call):
         verdict = {"passed": "holds", "failed": "DOES NOT HOLD"}.get(report.outcome, "not measured")
         figure = "; ".join(item.stash.get(_FIGURES, [])) or "-"
         item.config.stash[_ROWS][item.nodeid] = (claim.args[0], figure, verdict)
+    # Halves of surrogate pairs, which some tests log, cannot be sent between processes.
+    report.sections = [(name, _writable(text)) for name, text in report.sections]
     if os.environ.get("MUSET_FORBID_SKIPS") and report.skipped:
         report.outcome = "failed"
         report.longrepr = f"skipped where nothing may be missing: {report.longrepr}"
     return report
+
+
+def _writable(text):
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def pytest_terminal_summary(terminalreporter, config):

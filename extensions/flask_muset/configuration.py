@@ -1,6 +1,7 @@
 """How the extensions read their part of an app's configuration: once, checked, all by name."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ __all__ = [
     "AT_LEAST_ZERO",
     "COUNT",
     "EXCEPTIONS",
+    "REDIS_KEYS",
     "SHARE",
     "Key",
     "check",
@@ -128,6 +130,25 @@ def one_of(default: str | None, *allowed: str) -> Key:
         lambda v: v in allowed or (v is None and default is None),
         "one of " + ", ".join(repr(word) for word in allowed),
     )
+
+
+def _is_url(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and "://" in value)
+
+
+_is_name = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
+
+#: Of an extension that makes a client of Redis.
+REDIS_KEYS = {
+    "REDIS_URL": Key(None, _is_url, "the URL of a Redis such as redis://127.0.0.1:6379/0, or None"),
+    "REDIS_MAX_CONNECTIONS": whole(10, 1, 10_000),
+    "REDIS_BUDGET": number(0.05, 0, 60),
+    "NAMESPACE": Key(
+        "default",
+        lambda value: isinstance(value, str) and _is_name(value) is not None,
+        "1 to 64 letters, digits, dots, underscores or hyphens",
+    ),
+}
 
 
 def read(

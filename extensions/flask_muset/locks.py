@@ -18,6 +18,7 @@ from typing import Any
 
 __all__ = [
     "give_lock",
+    "has_lasting_hub",
     "is_patched",
     "make_event",
     "original",
@@ -76,6 +77,17 @@ def run_beside(
     thread = threading.Thread(target=target, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def has_lasting_hub() -> bool:
+    """Whether what is begun here goes on: a native thread of gevent's has a hub for one call."""
+    if not is_patched():
+        return True
+    from gevent._hub_local import get_hub_if_exists
+
+    hub = get_hub_if_exists()
+    # Of the main thread before it has waited for anything: its number is the process's on Linux.
+    return threading.get_native_id() == os.getpid() if hub is None else bool(hub.main_hub)
 
 
 def refuse_asyncio_under_gevent() -> None:

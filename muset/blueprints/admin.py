@@ -8,7 +8,7 @@ from spectree import Response as Described
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.context import request_id
-from flask_muset.error_handler import recent_errors
+from flask_muset.error_handler import KeptErrors, recent_errors
 from flask_muset.errors import ConflictError, NotFoundError, ValidationError
 from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
 from muset.blueprints.auth import principal, require_admin
@@ -19,9 +19,9 @@ from muset.blueprints.schemas import (
     DeadLetterOut,
     DeadLetterQuery,
     ErrorList,
+    FoundError,
     InvalidateIn,
     InvalidateOut,
-    KeptError,
     PolicyIn,
     PolicyList,
     PolicyOut,
@@ -43,22 +43,28 @@ blueprint.before_request(require_admin)
 @blueprint.get("/errors")
 @spec.validate(resp=Described(HTTP_200=ErrorList), tags=["admin"])
 def list_errors() -> Response:
-    """The newest errors of the worker process that answers."""
-    return jsonify({"items": recent_errors(current_app), "next_cursor": None})
+    """The newest errors of all worker processes; of the one that answers where Redis is away."""
+    errors = recent_errors(current_app)
+    return jsonify({"items": errors, "next_cursor": None, "source": _source(errors)})
 
 
 @blueprint.get("/errors/<fingerprint>")
-@spec.validate(resp=Described(HTTP_200=KeptError), tags=["admin"])
+@spec.validate(resp=Described(HTTP_200=FoundError), tags=["admin"])
 def get_error(fingerprint: str) -> Response:
     """One of them, by its fingerprint."""
-    for kept in recent_errors(current_app):
+    errors = recent_errors(current_app)
+    for kept in errors:
         if kept["fingerprint"] == fingerprint:
-            return jsonify(kept)
+            return jsonify(kept | {"source": _source(errors)})
     raise NotFoundError(
         f"no error {fingerprint!r} is kept",
         resource_type="error",
-        details={"fingerprint": fingerprint},
+        details={"fingerprint": fingerprint, "source": _source(errors)},
     )
+
+
+def _source(errors: KeptErrors) -> str:
+    return "all workers" if errors.is_shared else "this process"
 
 
 @blueprint.get("/policies")

@@ -18,6 +18,7 @@ __all__ = [
     "DocumentOut",
     "DocumentWithText",
     "ErrorList",
+    "FoundError",
     "InvalidateIn",
     "InvalidateOut",
     "KeptError",
@@ -141,7 +142,7 @@ class Preferences(RootModel[dict[str, Any]]):
 
 
 class KeptError(BaseModel):
-    """The newest occurrences of one fault in this process."""
+    """One fault and its newest occurrences."""
 
     fingerprint: str
     type: str
@@ -157,11 +158,21 @@ class KeptError(BaseModel):
     newest: list[dict[str, Any]]
 
 
+Source = Literal["all workers", "this process"]
+
+
+class FoundError(KeptError):
+    """One fault, and whose errors were looked through."""
+
+    source: Source
+
+
 class ErrorList(BaseModel):
-    """The newest errors, the one that happened last first."""
+    """The newest errors, the one that happened last first, and whose they are."""
 
     items: list[KeptError]
     next_cursor: None = None
+    source: Source
 
 
 class PolicyIn(_In):

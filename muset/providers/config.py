@@ -13,15 +13,17 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
+from flask_muset.redaction import redact_text
 from flask_muset.resilience import Bulkhead, CircuitBreaker, RetryStrategy, Timeout
 from flask_muset.resilience.guards import Part
 from muset.ports import Model, StreamingProvider
-from muset.settings import Settings, SettingsError
+from muset.settings import HIDDEN, Settings, SettingsError
 
-__all__ = ["Configured", "ProviderConfig", "load_providers"]
+__all__ = ["Configured", "ProviderConfig", "is_sendable", "load_providers"]
 
 _GROUP = "muset.providers"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
+_VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}", re.ASCII)
 _HIGHEST_PRICE = 1_000_000
 #: Decimals of a price at most: a billionth is the ledger's unit.
 _PRICE_DECIMALS = 9
@@ -66,6 +68,11 @@ class Configured:
 
     provider: StreamingProvider
     policy: Mapping[str, Mapping[str, Any]]
+
+
+def is_sendable(key: str) -> bool:
+    """Whether a key is printable ASCII without spaces, and not empty, as a header must have it."""
+    return re.fullmatch(r"[!-~]+", key, re.ASCII) is not None
 
 
 def load_providers(settings: Settings) -> tuple[Configured, ...]:
@@ -188,7 +195,9 @@ class _Entry:
         if variable is not None:
             found = settings.environ.get(variable)
             if not found:
-                self.refuse("api_key_env", "the name of a variable that is set", variable)
+                # It may be the key itself that somebody has put there.
+                got = variable if _VARIABLE.fullmatch(variable) else HIDDEN
+                self.refuse("api_key_env", "the name of a variable that is set", got)
             return self.key(found)
         return None if file is None else self.key(self._read_key(settings, file))
 
@@ -200,11 +209,12 @@ class _Entry:
                 return opened.read(_MAX_KEY_BYTES).decode().strip()
         except (OSError, UnicodeDecodeError) as error:
             why = getattr(error, "strerror", None) or "no text"
-            self.refuse("api_key_file", f"a file that can be read ({why})", str(path))
+            shown = redact_text(str(path))
+            self.refuse("api_key_file", f"a file that can be read ({why})", shown)
 
     def key(self, found: str) -> str:
         """A key that can be sent in a header."""
-        if not (found.isascii() and found.isprintable() and found and " " not in found):
+        if not is_sendable(found):
             raise SettingsError(
                 f"{self.where}: the API key must be printable ASCII without spaces and not empty; "
                 "write it as you were given it, without quotes."

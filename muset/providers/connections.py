@@ -214,7 +214,7 @@ class Call:
         with self._server._lock:
             self._socket = sock
             if self._is_aborted:
-                raise self._aborted()
+                raise self.aborted()
 
     def read(self) -> bytes:
         """The next bytes of the answer, b"" at its end.
@@ -261,6 +261,10 @@ class Call:
                 with suppress(OSError):  # the server was faster
                     self._socket.shutdown(socket.SHUT_RDWR)
 
+    def aborted(self) -> ExternalServiceError:
+        """What whoever waits is told after `abort`."""
+        return ExternalServiceError(f"the call of {self._server.name} was closed by its caller")
+
     def end(self) -> None:
         """Give the connection back if its answer was read to the end, else close it."""
         with self._server._lock:
@@ -277,13 +281,10 @@ class Call:
     def _fail(self, error: Exception) -> NoReturn:
         name = self._server.name
         if self._is_aborted:
-            raise self._aborted() from error
+            raise self.aborted() from error
         if isinstance(error, _TIMED_OUT):
             self._left_s()  # says whose time is up
             raise OperationTimeoutError(f"{name} did not answer in time") from error
         raise ExternalServiceError(
             f"{name} broke the connection ({type(error).__name__})"
         ) from error
-
-    def _aborted(self) -> ExternalServiceError:
-        return ExternalServiceError(f"the call of {self._server.name} was closed by its caller")

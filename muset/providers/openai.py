@@ -20,7 +20,7 @@ from flask_muset.redaction import redact_text
 from flask_muset.translate import retry_after_s
 from muset import __version__
 from muset.ports import Cited, Delta, Model, ModelQuestion, Tokens
-from muset.providers.config import ProviderConfig
+from muset.providers.config import ProviderConfig, is_sendable
 from muset.providers.connections import Call, Server
 from muset.providers.openai_format import Chunk, Complaint, Text, complaint_of, tokens_of
 from muset.providers.prompt import Beginning, messages_of
@@ -74,8 +74,8 @@ class OpenAIProvider:
             self._server = Server(name, base_url)
         except ValueError as error:
             raise ValueError(f"base_url {error}") from None
-        if api_key is not None and not _is_sendable(api_key):
-            raise ValueError("the API key must be printable ASCII without spaces")
+        if api_key is not None and not is_sendable(api_key):
+            raise ValueError("the API key must be printable ASCII without spaces, and not empty")
         self._api_key = api_key
         self._idle_timeout_s = idle_timeout_s
         #: What the server has refused is not sent again.
@@ -107,6 +107,8 @@ class OpenAIProvider:
                 text = self._text(chunk, reply)
                 if text:
                     yield Delta(text)
+                    # The time that our reader has taken is not the server's.
+                    patience.token_came()
             text = self._rest(reply)
             if text:
                 yield Delta(text)
@@ -170,7 +172,7 @@ class OpenAIProvider:
 
     def _events(self, call: Call, reply: "_Reply") -> Iterator[Event]:
         """The events of a stream; the body of a server that does not stream, as one."""
-        if "json" in call.headers.get("Content-Type", ""):
+        if "json" in call.headers.get("Content-Type", "").lower():
             body = call.read_all(_MAX_ANSWER_BYTES + 1)
             self._check_length(len(body))
             yield Event(b"", body)
@@ -254,12 +256,12 @@ class OpenAIProvider:
         """The error that stands for an answer with an error status."""
         if complaint.is_too_long(status):
             return _too_long(model, complaint.limit)
-        code = redact_text(complaint.code, self._secrets)
+        label = f"{status} {redact_text(complaint.code, self._secrets)}".rstrip()
         if status == 401:  # what it says may have a part of the key
-            text = f"{self.name} does not take the key (401 {code})"
+            text = f"{self.name} does not take the key ({label})"
             return ExternalServiceError(text, unavailable=True, retryable=False)
         said = redact_text(complaint.said, self._secrets)
-        text = f"{self.name} answered with {status} {code}: {said}"
+        text = f"{self.name} answered with {label}: {said}"
         if status == 403:
             return ExternalServiceError(text, unavailable=True, retryable=False)
         if status in (429, 503):
@@ -274,10 +276,6 @@ class OpenAIProvider:
 
 
 _decode_chunk = msgspec.json.Decoder(Chunk).decode
-
-
-def _is_sendable(key: str) -> bool:
-    return bool(key) and key.isascii() and key.isprintable() and " " not in key
 
 
 def _too_long(model: str, limit: int | None) -> ValidationError:
@@ -363,13 +361,22 @@ class _Pieces(Iterator[Piece]):
     def __init__(self, call: Call, pieces: Iterator[Piece]) -> None:
         self._call = call
         self._pieces: Any = pieces
+        self._is_closed = False
+        self._is_complete = False
 
     def __next__(self) -> Piece:
-        piece: Piece = next(self._pieces)
+        try:
+            piece: Piece = next(self._pieces)
+        except StopIteration:
+            if self._is_closed and not self._is_complete:
+                raise self._call.aborted() from None
+            self._is_complete = True
+            raise
         return piece
 
     def close(self) -> None:
-        """End it, and break the connection off."""
+        """End it, and break the connection off; whoever goes on reading gets an error."""
+        self._is_closed = True
         self._call.abort()
         with suppress(ValueError):  # it runs elsewhere, and ends there by what `abort` has done
             self._pieces.close()

@@ -38,6 +38,8 @@ def messages_of(question: ModelQuestion) -> list[dict[str, str]]:
     line = f"===== {mark} ====="
     parts = [_quoted(line, number, passage) for number, passage in enumerate(passages, start=1)]
     asked = "\n".join([*parts, line, "", f"Question: {question.question}"])
+    # Half a surrogate pair, which JSON may bear, cannot be sent.
+    asked = asked.encode("utf-8", "replace").decode()
     return [
         {"role": "system", "content": _RULES.format(mark=mark)},
         {"role": "user", "content": asked},

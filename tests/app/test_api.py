@@ -176,6 +176,7 @@ def test_admin_errors(app, client, admin):
     assert kept["type"] == "ZeroDivisionError"
     one = client.get(f"/api/v1/admin/errors/{kept['fingerprint']}", headers=admin).json
     assert "ZeroDivisionError" in one["traceback"]
+    assert one["source"] == "this process"
     assert client.get("/api/v1/admin/errors/none", headers=admin).status_code == 404
 
 

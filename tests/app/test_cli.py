@@ -216,3 +216,28 @@ def test_database_under_gevent(tmp_path):
         timeout=120,
     )
     assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_backup_and_restore(run, tmp_path):
+    """Documents come back; no copy is written over, and none is left in half."""
+    page, data, copies = tmp_path / "oak.md", tmp_path / "data", tmp_path / "copies"
+    page.write_text("An oak lives for five hundred years.")
+    missing = run("backup", str(copies))
+    assert (missing.exit_code, missing.output.count("\n")) == (1, 1)
+    assert run("ingest", str(page)).exit_code == 0
+    with closing(sqlite3.connect(data / "muset.db")) as user:
+        user.execute("BEGIN IMMEDIATE")  # somebody writes, and is not done
+        user.execute("UPDATE documents SET title = 'not committed'")
+        assert run("backup", str(copies)).exit_code == 0
+    assert (copies / "muset.db").stat().st_mode & 0o077 == 0
+    again = run("backup", str(copies))
+    assert again.exit_code == 1
+    assert "is there already" in again.output
+    data.rename(tmp_path / "before")
+    data.mkdir()
+    (copies / "muset.db").rename(data / "muset.db")
+    assert "five hundred years" in run("ask", "How many years does an oak live?").output
+    (data / "muset.db").write_bytes(b"\0" * 8192)
+    broken = run("backup", str(copies))
+    assert (broken.exit_code, broken.output.count("\n")) == (1, 1)
+    assert list(copies.iterdir()) == []

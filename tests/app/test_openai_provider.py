@@ -277,8 +277,8 @@ def test_ends_that_are_complete(name, handler):
         (says(chunk(" \n"), chunk(finish="length"), DONE), "without text"),
         (says(chunk("Oaks "), chunk(finish="content_filter"), DONE), "refuses"),
         (says(b'data: {"choices": [{"delta": {"refusal": "no"}}]}\n\n', DONE), "refuses"),
-        (says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE), "502 : boom"),
-        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "502 : boom"),
+        (says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE), "502: boom"),
+        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "502: boom"),
         (answers(200, b"<html>log in</html>"), "before its end"),
         (answers(200, [1]), "cannot be read"),
         (answers(200, {"choices": []}), "without text"),
@@ -430,24 +430,19 @@ def test_an_error_inside_a_stream(error, expected):
         assert error_of(wire).status == expected
 
 
-def _tls(tmp_path):
-    """The context of a server whose certificate nobody knows."""
-    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
-         "-nodes", "-keyout", key, "-out", certificate, "-days", "2", "-subj", "/CN=127.0.0.1",
-         "-addext", "subjectAltName=IP:127.0.0.1"],
-        check=True, capture_output=True,
-    )  # fmt: skip
+#: A certificate that nobody knows, and its key.
+CERTIFICATE = Path(__file__).parents[1] / "data" / "tls.pem"
+
+
+def _tls():
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    return context, certificate
+    context.load_cert_chain(CERTIFICATE)
+    return context
 
 
-def test_a_server_that_cannot_be_reached(tmp_path):
+def test_a_server_that_cannot_be_reached():
     """Refused, not resolved and not trusted are unavailable, and may be tried again."""
-    context, _ = _tls(tmp_path)
-    with Wire(says(DONE), tls=context) as wire:
+    with Wire(says(DONE), tls=_tls()) as wire:
         for url in (f"http://127.0.0.1:{free_port()}", "http://host.invalid", wire.base_url):
             error = error_of(url)
             assert (error.status, error.unavailable, error.retryable) == (503, True, True)
@@ -455,13 +450,12 @@ def test_a_server_that_cannot_be_reached(tmp_path):
         assert wire.requests == []
 
 
-def test_tls(tmp_path, monkeypatch):
+def test_tls(monkeypatch):
     """A trusted server is used, its connection kept, and closed while a thread waits for it."""
-    context, certificate = _tls(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    monkeypatch.setenv("SSL_CERT_FILE", str(CERTIFICATE))
     left = []
     good = says(chunk("Old."), DONE)
-    with Wire(good, good, stalls_after(chunk("Oaks "), left=left), tls=context) as wire:
+    with Wire(good, good, stalls_after(chunk("Oaks "), left=left), tls=_tls()) as wire:
         provider = provider_of(wire)
         assert ask(wire, provider=provider)[0] == ask(wire, provider=provider)[0] == "Old."
         assert wire.connections == 1
@@ -568,6 +562,17 @@ def test_no_token_for_the_idle_time():
         left.clear()
 
 
+def test_a_slow_reader_is_not_a_slow_server():
+    """What has come while nobody read it is read, however long that took."""
+    with Wire(says(chunk("Oaks "), chunk("grow "), chunk("old."), STOP, DONE)) as wire:
+        pieces = provider_of(wire, idle_timeout_s=0.2).stream(asking())
+        found = []
+        for piece in pieces:
+            found.append(piece)
+            time.sleep(0.25 if len(found) < 3 else 0)
+    assert [piece.text for piece in found[:-1]] == ["Oaks ", "grow ", "old."]
+
+
 def test_a_deadline_holds_between_tokens_too():
     """Where a deadline is still running, it ends an answer before the idle time does."""
     with Wire(stalls_after(chunk("Oaks "))) as wire:
@@ -597,6 +602,21 @@ def test_nothing_is_sent_before_it_is_asked_for():
     with Wire(says(DONE)) as wire:
         provider_of(wire).stream(asking()).close()
         assert wire.connections == 0
+
+
+def test_a_stream_that_was_closed_does_not_look_complete():
+    """Who goes on reading it gets an error; one that was read to its end stays at its end."""
+    with Wire(says(chunk("Oaks "), chunk("grow."), DONE)) as wire:
+        pieces = provider_of(wire).stream(asking())
+        next(pieces)
+        pieces.close()
+        for _ in range(2):
+            with pytest.raises(ExternalServiceError, match="closed by its caller"):
+                next(pieces)
+        pieces = provider_of(wire).stream(asking())
+        assert len(list(pieces)) == 3
+        pieces.close()
+        assert list(pieces) == []
 
 
 def test_a_connection_whose_answer_was_read_is_used_again():
@@ -845,7 +865,7 @@ def test_every_fault_of_the_scripted_server(upstream):
         if expected is None:
             ask(upstream, provider=provider)
         else:
-            error = error_of(upstream, provider=provider, seconds=0.5 if expected[0] == 504 else 10)
+            error = error_of(upstream, provider=provider, seconds=0.3 if expected[0] == 504 else 10)
             assert (error.status, getattr(error, "unavailable", None)) == expected, kind
         assert [seen.outcome for seen in upstream.settled()] == [kind]
 
@@ -879,6 +899,14 @@ def test_passages_are_numbered_and_marked_as_data():
     assert (lines[1], lines[4]) == ("[1] Oaks", "[2] Elms")
     assert lines[-1] == "Question: Why?"
     assert messages_of(asking("Why?")) == messages_of(asking("Why?"))
+
+
+def test_every_question_can_be_sent():
+    """Half a surrogate pair and control characters, too."""
+    with Wire(says(chunk("Old."), DONE)) as wire:
+        ask(wire, question="\ud800 \x00 ö?")
+        sent = wire.requests[0].body["messages"][1]["content"]
+    assert sent.endswith("Question: ? \x00 ö?")
 
 
 def test_a_passage_cannot_end_the_passages():

@@ -168,6 +168,14 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(load, tmp_path, key)
         assert key not in str(caught.value)
 
 
+def test_a_key_at_the_place_of_its_name_is_not_shown(load):
+    """Who writes the key itself into the file is told what belongs there, not what is there."""
+    for name in ("api_key_env", "api_key_file", "api_key"):
+        with pytest.raises(SettingsError, match=name) as caught:
+            load(change('api_key_env = "MAIN_KEY"', f'{name} = "sk-abcdefghijklmnopqrst"'))
+        assert "sk-abc" not in str(caught.value)
+
+
 def test_a_missing_file_stops_the_start(tmp_path):
     """AI_PROVIDERS that cannot be read is named; a relative path is refused."""
     path = tmp_path / "none.toml"

@@ -101,7 +101,9 @@ class Cache:
         self._decode = codec.decode
         self._note = note
         self._is_off = is_off
-        self._loader = Loader(store, codec, read=self._read, in_background=in_background, tell=tell)
+        self._loader = Loader(
+            store, codec, pending=self._pending, in_background=in_background, tell=tell
+        )
 
     # --- Values
 
@@ -122,9 +124,13 @@ class Cache:
     def _read(self, key: str) -> Entry | None:
         """What was written last: what waits for its source stands for what the cache has lost."""
         entry = self.store.read(key)
-        if self.behind.is_used and (entry is None or SYSTEM.now() >= entry.fresh_until):
-            return self.behind.pending(key) or entry
+        if entry is None or SYSTEM.now() >= entry.fresh_until:
+            return self._pending(key) or entry
         return entry
+
+    def _pending(self, key: str) -> Entry | None:
+        """What waits for its source; whether anything does is looked up in the file system."""
+        return self.behind.pending(key) if self.behind.is_used else None
 
     def get_near(self, key: str) -> Any:
         """The value that the memory of this process has; ABSENT if somebody would have to wait."""

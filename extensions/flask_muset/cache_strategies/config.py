@@ -6,19 +6,12 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from flask_muset.configuration import Key, flag, number, read, whole
+from flask_muset.configuration import REDIS_KEYS, Key, flag, number, read, whole
 
 __all__ = ["KEYS", "PREFIX", "Config", "read_config"]
 
 PREFIX = "CACHE_STRATEGIES_"
 _MIB = 1 << 20
-
-
-def _is_url(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and "://" in value)
-
-
-_is_name = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
 
 
 def _are_references(value: Any) -> bool:
@@ -31,14 +24,7 @@ _is_reference = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*").fullmatch
 
 KEYS = {
     "ENABLED": flag(True),
-    "REDIS_URL": Key(None, _is_url, "the URL of a Redis such as redis://127.0.0.1:6379/0, or None"),
-    "REDIS_MAX_CONNECTIONS": whole(10, 1, 10_000),
-    "REDIS_BUDGET": number(0.05, 0, 60),
-    "NAMESPACE": Key(
-        "default",
-        lambda value: isinstance(value, str) and _is_name(value) is not None,
-        "1 to 64 letters, digits, dots, underscores or hyphens",
-    ),
+    **REDIS_KEYS,
     "L1_MAX_BYTES": whole(32 * _MIB, 0, 1 << 40),
     "L1_UNLINKED": number(5.0, 0, 3600),
     "DEFAULT_EXPIRE": number(300.0, 0, 10 * 365 * 86_400, zero="no end"),

@@ -8,9 +8,7 @@ itself and holds up nobody else.
 import atexit
 import contextvars
 import logging
-import os
 import secrets
-import threading
 import time
 import weakref
 from collections import deque
@@ -23,7 +21,7 @@ from flask_muset.cache_strategies.journal import Claim, Failure, Journal, Record
 from flask_muset.cache_strategies.writers import UnknownWriter, Writer
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import MusetError
-from flask_muset.locks import give_lock, is_patched, make_event, run_beside
+from flask_muset.locks import give_lock, has_lasting_hub, is_patched, make_event, run_beside
 
 __all__ = ["Drain"]
 
@@ -120,7 +118,7 @@ class Drain:
 
     def start(self) -> None:
         """Begin to write in this process, if that has not begun."""
-        if self._is_started or not _has_lasting_hub():
+        if self._is_started or not has_lasting_hub():
             return
         with self._lock:
             if self._is_started or self._closes_at is not None:
@@ -445,7 +443,7 @@ class Drain:
         """Let claims last until they are settled."""
         for claim in claims:
             self._held[claim.token] = claim
-        if not _has_lasting_hub():
+        if not has_lasting_hub():
             return  # the loop's next turn sees to it
         with self._lock:
             if self._is_renewing or not self._held:
@@ -542,17 +540,6 @@ class Drain:
     def is_closing(self) -> bool:
         """Whether it is to write no more."""
         return self._closes_at is not None
-
-
-def _has_lasting_hub() -> bool:
-    """Whether what is begun here goes on: a native thread of gevent's has a hub for one call."""
-    if not is_patched():
-        return True
-    from gevent._hub_local import get_hub_if_exists
-
-    hub = get_hub_if_exists()
-    # Of the main thread before it has waited for anything: its number is the process's on Linux.
-    return threading.get_native_id() == os.getpid() if hub is None else bool(hub.main_hub)
 
 
 def _takes_place(newer: Record, older: Record) -> bool:

@@ -62,7 +62,8 @@ class Loader:
             `hit`, `miss`, `stale` or `bypass` (its seconds are without those of the load) and with
             `unreadable`; `load` with `ok` or `error`; `refresh`, which is a load beside a caller,
             with `ok`, `error` or `skipped`.
-        read: Gives the entry that holds; None for the store's.
+        pending: Gives what waits for its source in place of what the store has lost; None for
+            nothing.
         jitter: By which share of it a lifetime may be shortened, at least 0 and below 1, so that
             what was loaded together does not expire together.
         max_refreshes: Most refreshes at once, at least 1.
@@ -78,7 +79,7 @@ class Loader:
         *,
         in_background: Callable[[Callable[[], None]], Any],
         tell: Callable[[str, str, float | None], None],
-        read: Callable[[str], Entry | None] | None = None,
+        pending: Callable[[str], Entry | None] | None = None,
         jitter: float = 0.1,
         max_refreshes: int = 32,
     ) -> None:
@@ -86,7 +87,8 @@ class Loader:
         given = {"jitter": jitter, "max_refreshes": max_refreshes}
         check("Loader", given, {"jitter": share, "max_refreshes": COUNT})
         self._store = store
-        self._read = store.read if read is None else read
+        self._read = store.read
+        self._pending = pending
         self._codec = codec
         self._decode = codec.decode
         self._in_background = in_background
@@ -114,9 +116,10 @@ class Loader:
         """
         began = SYSTEM.now()
         entry = self._read(key)
-        value = ABSENT
+        now, value = SYSTEM.now(), ABSENT
+        if self._pending is not None and (entry is None or now >= entry.fresh_until):
+            entry = self._pending(key) or entry
         if entry is not None:
-            now = SYSTEM.now()
             is_fresh = now < entry.fresh_until
             if is_fresh or is_of_use(entry, options, now):
                 try:

@@ -4,7 +4,7 @@ from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from flask_muset.configuration import Key, flag, number, read, whole
+from flask_muset.configuration import REDIS_KEYS, Key, flag, number, read, whole
 
 __all__ = ["KEYS", "PREFIX", "Config", "read_config"]
 
@@ -34,6 +34,7 @@ KEYS = {
     "REPEAT_WINDOW": number(60.0, 0, 86_400),
     "REDACT_KEYS": Key((), _is_names, "a list of names"),
     "WWW_AUTHENTICATE": Key("Bearer", _is_challenge, "a challenge such as 'Bearer'"),
+    **REDIS_KEYS,
 }
 
 
@@ -48,6 +49,10 @@ class Config:
         repeat_window_s: Repeats within these seconds are summed up in one log line.
         redact_keys: More names whose values are secrets, in lower case.
         www_authenticate: The challenge of a 401 that brings none of its own.
+        redis_url: Where the kept errors of all processes are; None for each process by itself.
+        redis_max_connections: Calls of one process to it at once.
+        redis_budget_s: Seconds that one call may take.
+        namespace: Tells apps apart that share a Redis.
     """
 
     enabled: bool
@@ -56,6 +61,10 @@ class Config:
     repeat_window_s: float
     redact_keys: frozenset[str]
     www_authenticate: str
+    redis_url: str | None
+    redis_max_connections: int
+    redis_budget_s: float
+    namespace: str
 
 
 def read_config(config: MutableMapping[str, Any]) -> Config:
@@ -72,4 +81,8 @@ def read_config(config: MutableMapping[str, Any]) -> Config:
         repeat_window_s=float(values["REPEAT_WINDOW"]),
         redact_keys=frozenset(name.lower() for name in values["REDACT_KEYS"]),
         www_authenticate=values["WWW_AUTHENTICATE"],
+        redis_url=values["REDIS_URL"],
+        redis_max_connections=values["REDIS_MAX_CONNECTIONS"],
+        redis_budget_s=values["REDIS_BUDGET"],
+        namespace=values["NAMESPACE"],
     )

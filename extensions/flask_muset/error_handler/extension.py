@@ -16,9 +16,10 @@ from werkzeug.wsgi import FileWrapper
 
 from flask_muset import context
 from flask_muset.error_handler import catalogue, render
-from flask_muset.error_handler.config import Config, read_config
+from flask_muset.error_handler.config import KEYS, PREFIX, Config, read_config
 from flask_muset.error_handler.fingerprint import fingerprint_of, type_name
 from flask_muset.error_handler.journal import (
+    KeptErrors,
     Occurrence,
     RecentErrors,
     Repeats,
@@ -37,7 +38,12 @@ from flask_muset.translate import (
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
+    from flask_muset.error_handler.shared import SharedErrors
+    from flask_muset.redis import GuardedRedis
+
 __all__ = ["ErrorHandler", "error_body", "recent_errors"]
+
+_logger = logging.getLogger(__name__)
 
 _KEY = "error_handler"
 #: Marks on an exception: what was done with it. Their value is the token of the request, because an
@@ -58,6 +64,7 @@ class _State:
     own: dict[type, Translation]
     repeats: Repeats
     recent: RecentErrors
+    shared: "SharedErrors | None"
 
 
 class StreamAbortedError(ConnectionResetError):
@@ -84,10 +91,20 @@ class ErrorHandler:
         ERROR_HANDLER_REPEAT_WINDOW: Seconds in which repeats are one log line. Default 60.
         ERROR_HANDLER_REDACT_KEYS: More names whose values are secrets. Default none.
         ERROR_HANDLER_WWW_AUTHENTICATE: Challenge of a 401 without one. Default "Bearer".
+        ERROR_HANDLER_REDIS_URL: Where all processes keep their errors together. Default None: each
+            has its own.
+        ERROR_HANDLER_REDIS_MAX_CONNECTIONS: Calls of one process to it at once. Default 10.
+        ERROR_HANDLER_REDIS_BUDGET: Seconds that a call may take. Default 0.05.
+        ERROR_HANDLER_NAMESPACE: Tells apps that share a Redis apart. Default "default".
+
+    Args:
+        app: Is set up at once; else call `init_app`.
+        redis: Is used instead of a client made of the configuration.
     """
 
-    def __init__(self, app: Flask | None = None) -> None:
+    def __init__(self, app: Flask | None = None, *, redis: "GuardedRedis | None" = None) -> None:
         self._own: dict[type, Translation] = {}
+        self._given_redis = redis
         if app is not None:
             self.init_app(app)
 
@@ -116,7 +133,9 @@ class ErrorHandler:
         """
         config = read_config(app.config)
         repeats = Repeats(partial(_log_repeats, app.name), clock=time.monotonic)
-        state = _State(config, self._own, repeats, RecentErrors(config.keep))
+        recent = RecentErrors(config.keep)
+        shared = _shared(config, recent, self._given_redis)
+        state = _State(config, self._own, repeats, recent, shared)
         context.attach(app, _KEY, "ErrorHandler", state)
         context.translate_with(app, self._own)
         if not config.enabled:
@@ -126,8 +145,11 @@ class ErrorHandler:
         _bind(app, state)
 
 
-def recent_errors(app: Flask) -> list[dict[str, Any]]:
-    """The newest errors of this process, the one that happened last first.
+def recent_errors(app: Flask) -> KeptErrors:
+    """The newest errors, the one that happened last first.
+
+    Those of all processes, where they share a Redis that answers; else those of this process, and
+    the list says so: its `is_shared` is False.
 
     Each has `fingerprint, type, error, category, severity, status, place, message, traceback,
     last_seen, count` and `newest`, its latest occurrences with `at, request_id, method,
@@ -139,7 +161,43 @@ def recent_errors(app: Flask) -> list[dict[str, Any]]:
     if _KEY not in app.extensions:
         raise RuntimeError(f"ErrorHandler is not set up on app {app.name!r}; call init_app first.")
     state: _State = app.extensions[_KEY]
-    return state.recent.newest()
+    if state.shared is not None:
+        try:
+            return KeptErrors(state.shared.newest(), is_shared=True)
+        except MusetError as error:
+            _logger.info("the errors of this process alone are shown: %s", error)
+    return KeptErrors(state.recent.newest(), is_shared=False)
+
+
+def _shared(
+    config: Config, recent: RecentErrors, given: "GuardedRedis | None"
+) -> "SharedErrors | None":
+    if given is not None and config.namespace != KEYS["NAMESPACE"].default:
+        raise ValueError(
+            f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its own "
+            "prefix; leave the setting out, and make the client with that prefix."
+        )
+    if not (config.enabled and config.keep) or (given is None and config.redis_url is None):
+        return None
+    # Only here, because it needs redis-py.
+    from flask_muset.error_handler.shared import SharedErrors
+
+    return SharedErrors(recent, given or _client(config), config.keep)
+
+
+def _client(config: Config) -> "GuardedRedis":
+    from flask_muset.redis import GuardedRedis
+
+    try:
+        return GuardedRedis(
+            str(config.redis_url),
+            name="errors",
+            max_connections=config.redis_max_connections,
+            budget_s=config.redis_budget_s,
+            prefix=f"muset:{config.namespace}:",
+        )
+    except ValueError as error:
+        raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
 
 
 def error_body(app: Flask, exception: Exception, environ: "WSGIEnvironment") -> str:
@@ -467,9 +525,23 @@ def _keep(
         redact(details, secrets, extra_keys=keys) if details else {},
         secrets,
     )
-    if state.recent.again(fingerprint, occurrence):
-        return
-    fault = {
+    if not state.recent.again(fingerprint, occurrence):
+        fault = _fault(error, exception, fingerprint, place, message, secrets)
+        state.recent.first(fingerprint, fault, occurrence)
+    if state.shared is not None and not state.shared.is_started:
+        state.shared.start()
+
+
+def _fault(
+    error: MusetError,
+    exception: BaseException,
+    fingerprint: str,
+    place: str,
+    message: str,
+    secrets: tuple[str, ...],
+) -> dict[str, Any]:
+    """What is said of all its occurrences, redacted."""
+    return {
         "fingerprint": fingerprint,
         "type": type_name(exception),
         "error": type(error).__name__,
@@ -480,7 +552,6 @@ def _keep(
         "message": redact_text(message, secrets),
         "traceback": formatted_traceback(exception, secrets) if error.status >= 500 else None,
     }
-    state.recent.first(fingerprint, fault, occurrence)
 
 
 def _id_of(incoming: Request) -> str:

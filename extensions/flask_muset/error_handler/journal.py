@@ -4,17 +4,27 @@ import threading
 import time
 import traceback
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
+from flask_muset.locks import give_lock
 from flask_muset.redaction import redact_text
 
-__all__ = ["Occurrence", "RecentErrors", "Repeats", "formatted_traceback"]
+__all__ = [
+    "KEPT_OF_EACH",
+    "KeptErrors",
+    "Noted",
+    "Occurrence",
+    "RecentErrors",
+    "Repeats",
+    "formatted_traceback",
+    "iso",
+]
 
 #: The newest occurrences that are kept of each fault.
-_KEPT_OF_EACH = 5
+KEPT_OF_EACH = 5
 #: Faults that are told apart in one window; beyond it the oldest window ends early.
 _MAX_WINDOWS = 1_000
 
@@ -134,15 +144,51 @@ class Occurrence(NamedTuple):
 
 @dataclass(slots=True)
 class _Kept:
+    """One fault.
+
+    Attributes:
+        taken: How many of `count` were given to whoever shares them.
+    """
+
     fault: dict[str, Any]
     count: int = 0
+    taken: int = 0
     last: deque[tuple[float, Occurrence]] = field(
-        default_factory=lambda: deque(maxlen=_KEPT_OF_EACH)
+        default_factory=lambda: deque(maxlen=KEPT_OF_EACH)
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What is new of one fault.
+
+    Attributes:
+        fault: Its description.
+        count: How often it has happened, at least 1.
+        last: The newest of these occurrences with their moments, the newest last.
+    """
+
+    fault: dict[str, Any]
+    count: int
+    last: list[tuple[float, Occurrence]]
+
+
+class KeptErrors(list[dict[str, Any]]):
+    """The newest errors, the one that happened last first.
+
+    Attributes:
+        is_shared: Whether they are those of all processes; else of this one alone.
+    """
+
+    def __init__(self, errors: Iterable[dict[str, Any]], *, is_shared: bool) -> None:
+        super().__init__(errors)
+        self.is_shared = is_shared
+
+
 class RecentErrors:
-    """The newest occurrences of the newest faults, bounded.
+    """The newest occurrences of the newest faults in this process, bounded.
+
+    A forked child begins with none: what its parent has is the parent's to tell.
 
     Args:
         keep: How many faults, at least 1.
@@ -151,7 +197,12 @@ class RecentErrors:
     def __init__(self, keep: int) -> None:
         self._keep = keep
         self._kept: OrderedDict[str, _Kept] = OrderedDict()
-        self._lock = threading.Lock()
+        give_lock(self)
+
+    _lock: Any
+
+    def _forked(self) -> None:
+        self._kept = OrderedDict()
 
     def again(self, fingerprint: str, occurrence: Occurrence) -> bool:
         """Keep one more occurrence of a fault that is known; False, and nothing, if it is not."""
@@ -167,10 +218,13 @@ class RecentErrors:
     def first(self, fingerprint: str, fault: dict[str, Any], occurrence: Occurrence) -> None:
         """Keep a new fault, its description and its first occurrence."""
         with self._lock:
-            self._kept.setdefault(fingerprint, _Kept(fault))
-            while len(self._kept) > self._keep:
-                self._kept.popitem(last=False)
-        self.again(fingerprint, occurrence)
+            if fingerprint not in self._kept:
+                kept = self._kept[fingerprint] = _Kept(fault, count=1)
+                kept.last.append((time.time(), occurrence))
+                while len(self._kept) > self._keep:
+                    self._kept.popitem(last=False)
+                return
+        self.again(fingerprint, occurrence)  # another request has been here first
 
     def newest(self) -> list[dict[str, Any]]:
         """Plain redacted copies, what happened last first."""
@@ -180,14 +234,35 @@ class RecentErrors:
             fault
             | {
                 "count": count,
-                "last_seen": _iso(last[-1][0]),
-                "newest": [o.shown() | {"at": _iso(at)} for at, o in last[::-1]],
+                "last_seen": iso(last[-1][0]),
+                "newest": [o.shown() | {"at": iso(at)} for at, o in last[::-1]],
             }
             for fault, count, last in kept
         ]
 
+    def untaken(self) -> list[str]:
+        """The fingerprints of which something is new, what happened first first."""
+        with self._lock:
+            return [name for name, kept in self._kept.items() if kept.count > kept.taken]
 
-def _iso(moment: float) -> str:
+    def take(self, fingerprint: str) -> Noted | None:
+        """What is new of a fault since it was taken last; None if nothing is."""
+        with self._lock:
+            kept = self._kept.get(fingerprint)
+            if kept is None or kept.count == kept.taken:
+                return None
+            count, kept.taken = kept.count - kept.taken, kept.count
+            return Noted(kept.fault, count, list(kept.last)[-count:])
+
+    def give_back(self) -> None:
+        """Let all that is kept be new."""
+        with self._lock:
+            for kept in self._kept.values():
+                kept.taken = 0
+
+
+def iso(moment: float) -> str:
+    """A moment for people and programs, in UTC."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds")
 
 

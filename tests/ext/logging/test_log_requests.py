@@ -4,6 +4,7 @@ import base64
 import json
 import logging
 import socket
+import threading
 import time
 
 import pytest
@@ -115,8 +116,11 @@ def test_slow_requests(tmp_path, monkeypatch):
     """Above the threshold a warning with route and duration; below none."""
     path = tmp_path / "x.log"
     app = make_app()
-    times = iter([0.0, 0.5, 10.0, 12.0])
-    monkeypatch.setattr(SYSTEM, "now", lambda: next(times))
+    times, real, here = iter([0.0, 0.5, 10.0, 12.0]), SYSTEM.now, threading.get_ident()
+    # The threads of other tests may still look at the clock.
+    monkeypatch.setattr(
+        SYSTEM, "now", lambda: next(times) if threading.get_ident() == here else real()
+    )
     with configured(file=path, slow_request_s=1.0):
         for _ in range(2):
             ask(app, "/users/7")
@@ -288,7 +292,7 @@ PIECES = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=2_000, derandomize=True, deadline=None, database=None)
+@settings(max_examples=500, derandomize=True, deadline=None, database=None)
 @given(st.lists(PIECES | st.text(max_size=3), max_size=8).map("".join))
 def test_texts_that_are_not_looked_at(text):
     """Where a line is not searched for secrets the search would have found none."""
