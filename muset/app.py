@@ -1,8 +1,7 @@
 """The application factory."""
 
 import logging as stdlib_logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,12 +9,27 @@ from typing import Any
 from flask import Flask
 from sqlalchemy import Engine
 
-from flask_muset import CacheStrategies, ErrorHandler, Metrics, Resilience, logging, tracing
+from flask_muset import (
+    CacheStrategies,
+    ErrorHandler,
+    Metrics,
+    Resilience,
+    context,
+    logging,
+    tracing,
+)
 from flask_muset.clock import SYSTEM
 from flask_muset.locks import run_beside
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
 from flask_muset.redis import GuardedRedis
-from flask_muset.resilience import Bulkhead, CircuitBreaker, Policy, RetryBudget, RetryStrategy
+from flask_muset.resilience import (
+    Bulkhead,
+    CircuitBreaker,
+    Policy,
+    RetryBudget,
+    RetryStrategy,
+    Timeout,
+)
 from muset.adapters.cache import JournalProbe, NoCache
 from muset.adapters.documents import SqliteDocumentStore
 from muset.adapters.extraction.process import ProcessExtractor
@@ -27,13 +41,16 @@ from muset.adapters.usage import SqliteUsageStore
 from muset.blueprints import admin, ask, auth, documents, health, openapi, users
 from muset.blueprints.strict_json import StrictJSON
 from muset.ports import Cache, Document, Probe, TrackCall
+from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
-from muset.services.ask import Answer, AskService
+from muset.services.answering import Answer, Answering, Source
+from muset.services.ask import AskService
 from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
 from muset.services.files import FileService
 from muset.services.keys import KeyService
 from muset.services.preferences import PreferenceService
+from muset.services.streaming import Times
 from muset.services.usage import UsageService
 from muset.settings import Settings, load_settings
 
@@ -67,6 +84,8 @@ def make_services(
     instrument: Callable[[Engine], None] | None = None,
     track: TrackCall | None = None,
     probes: Sequence[Probe] = (),
+    providers: Sequence[Configured] = (),
+    times: Times | None = None,
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
@@ -77,11 +96,13 @@ def make_services(
         instrument: Is given each database engine, to count its queries.
         track: Counts the calls of models.
         probes: Of what is used beside the database.
+        providers: Models that answer, in order; without any the documents answer themselves.
+        times: Of streams; None for the usual ones.
     """
     database = Database(settings.database_url, _database_policy(resilience), instrument)
     store = SqliteDocumentStore(database)
     cache = NoCache() if cache is None else cache
-    provider = ExtractiveProvider()
+    usage = UsageService(SqliteUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside)
     return Services(
         database=database,
         keys=KeyService(SqliteKeyStore(database)),
@@ -89,11 +110,11 @@ def make_services(
         ask=AskService(
             store,
             cache,
-            provider,
-            resilience.policy(provider.name),
-            time.monotonic,
-            track,
-            UsageService(SqliteUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside),
+            _answering(resilience, providers, track),
+            usage,
+            spawn=context.spawn,
+            times=times,
+            is_draining=health.is_draining,
         ),
         files=FileService(
             ProcessExtractor(settings.max_document_bytes),
@@ -103,6 +124,39 @@ def make_services(
         preferences=PreferenceService(SqlitePreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),
         probes=(database, *probes),
+    )
+
+
+def _answering(
+    resilience: Resilience, providers: Sequence[Configured], track: TrackCall | None
+) -> Answering:
+    """The models, each under a policy of its name; the documents themselves are the last resort."""
+    extractive = ExtractiveProvider()
+    models = [
+        Source(each.provider, _provider_policy(resilience, each.provider.name, each.policy))
+        for each in _models(providers)
+    ]
+    resort = Source(extractive, resilience.policy(extractive.name))
+    if not models:
+        return Answering([resort], None, lambda: SYSTEM.now(), track)
+    return Answering(models, resort, lambda: SYSTEM.now(), track)
+
+
+def _models(providers: Sequence[Configured]) -> list[Configured]:
+    """Without the documents themselves: they are the last resort, listed or not."""
+    return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
+
+
+def _provider_policy(
+    resilience: Resilience, name: str, overrides: Mapping[str, Mapping[str, Any]]
+) -> Policy:
+    """Retries and a breaker as the settings have them; a bulkhead and a time-out if they are asked.
+
+    What else is asked of the parts stands in RESILIENCE_POLICIES.
+    """
+    limits = [part for part in (Bulkhead(1), Timeout(1.0)) if part.kind in overrides]
+    return resilience.policy(
+        name, RetryStrategy, CircuitBreaker, *(part.like(**overrides[part.kind]) for part in limits)
     )
 
 
@@ -149,11 +203,18 @@ def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
     return client
 
 
-def create_app(settings: Settings | None = None) -> Flask:
+def create_app(
+    settings: Settings | None = None,
+    *,
+    providers: Sequence[Configured] | None = None,
+    times: Times | None = None,
+) -> Flask:
     """Make the service.
 
     Args:
         settings: None reads the environment.
+        providers: Models that answer; None for those of the settings.
+        times: Of streams; None for the usual ones.
 
     Raises:
         SettingsError: A variable is not allowed.
@@ -165,6 +226,10 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
     app.config["MAX_FORM_PARTS"] = 16
     app.config.update(settings.resilience, **settings.metrics)
+    providers = load_providers(settings) if providers is None else providers
+    app.config["RESILIENCE_POLICIES"] = {
+        each.provider.name: each.policy for each in _models(providers) if each.policy
+    }
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
@@ -190,6 +255,8 @@ def create_app(settings: Settings | None = None) -> Flask:
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
         probes=[*([] if redis is None else [RedisProbe(redis)]), JournalProbe(cache.pending)],
+        providers=providers,
+        times=times,
     )
     resilience.init_app(app)
     for blueprint in (

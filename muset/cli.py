@@ -33,6 +33,8 @@ from muset.adapters.backup import copy_database
 from muset.app import Services, create_app, make_services
 from muset.objectives import Verdict, judge
 from muset.ports import AnswerStatus, Extracted, Principal, Role
+from muset.providers.config import load_providers
+from muset.services.ask import Question
 from muset.services.dead_letters import DeadLetterService
 from muset.services.files import SUFFIXES, FileService
 from muset.settings import SETTINGS, Settings, SettingsError, load_settings
@@ -91,7 +93,7 @@ def main() -> None:
 def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    services = make_services(settings, Resilience())
+    services = make_services(settings, Resilience(), providers=load_providers(settings))
     # Else nothing is written: the service may have the database locked.
     if not services.database.read(migrations.is_newest):
         services.database.write(migrations.upgrade)
@@ -302,7 +304,8 @@ def ingest(paths: tuple[Path, ...], user: str) -> None:
 @_guarded
 def ask(question: str, documents: tuple[int, ...], as_json: bool) -> None:
     """Answer a question from the stored documents."""
-    answer = _open(load_settings()).ask.ask(question, document_ids=list(documents) or None)
+    asked = Question(question, document_ids=list(documents) or None)
+    answer = _open(load_settings()).ask.ask(asked)
     if as_json:
         citations = [
             {

@@ -179,36 +179,6 @@ class Citation:
 
 
 @dataclass(frozen=True, slots=True)
-class ProviderAnswer:
-    """What a provider made of the passages.
-
-    Attributes:
-        text: The answer for people; empty where `status` is `unsure`.
-        input_tokens: Billed tokens; 0 for a provider that bills none.
-        output_tokens: Billed tokens; 0 for a provider that bills none.
-    """
-
-    text: str
-    status: AnswerStatus
-    citations: tuple[Citation, ...]
-    input_tokens: int
-    output_tokens: int
-
-
-class Provider(Protocol):
-    """A source of answers."""
-
-    name: str
-    models: tuple[str, ...]
-
-    def answer(
-        self, question: str, retrieval: Retrieval, *, model: str, max_tokens: int | None
-    ) -> ProviderAnswer:
-        """Answer from the passages alone."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
 class Model:
     """A model of a provider; prices in the currency's units for a million tokens."""
 
@@ -350,6 +320,14 @@ class Cache(Journal, Protocol):
             stale_if_error: Seconds after that for which it is served when it cannot be fetched.
             negative_expire: Seconds for which it is remembered that there is none.
         """
+        ...
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key, `default` where there is none that is fresh."""
+        ...
+
+    def set(self, key: str, value: Any, expire: float | None = None) -> bool:
+        """Keep a value for some seconds; whether it is done."""
         ...
 
     def delete(self, key: str) -> bool:
@@ -538,8 +516,21 @@ class Ledger(Protocol):
         status: str,
         input_tokens: int = 0,
         output_tokens: int = 0,
+        estimated: bool = False,
+        cost: int = 0,
     ) -> None:
-        """Write one request down, whatever has become of it; it raises nothing."""
+        """Write one request down, whatever has become of it; it raises nothing.
+
+        Args:
+            asker: In whose name.
+            provider: That answered, or was asked last.
+            model: The same.
+            status: As of `UsageEntry`.
+            input_tokens: Of all calls that are billed.
+            output_tokens: The same.
+            estimated: Whether a provider did not say how many they were.
+            cost: In billionths.
+        """
         ...
 
 

@@ -50,6 +50,14 @@ class NoCache:
         """Fetch."""
         return fetch_func()
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """There is none."""
+        return default
+
+    def set(self, key: str, value: Any, expire: float | None = None) -> bool:
+        """Nothing is kept."""
+        return False
+
     def delete(self, key: str) -> bool:
         """There is nothing to forget."""
         return True

@@ -9,7 +9,7 @@ from muset.blueprints.openapi import spec
 from muset.blueprints.schemas import Live, Ready
 from muset.ports import NotReadyError, Probe
 
-__all__ = ["blueprint"]
+__all__ = ["blueprint", "is_draining"]
 
 blueprint = Blueprint("health", __name__, url_prefix="/health")
 
@@ -34,14 +34,19 @@ def ready() -> Response:
         if complaint is not None:
             reasons.append(complaint)
             status = "unavailable" if probe.is_needed or status == "unavailable" else "degraded"
-    worker = sys.modules.get("flask_muset.worker")
-    if worker is not None and worker.draining():
+    if is_draining():
         status, reasons = "draining", ["the process is stopping"]
     response = jsonify({"status": status, "reasons": reasons, "checks": checks})
     response.status_code = 200 if status in ("ready", "degraded") else 503
     if response.status_code != 200:
         response.headers["Retry-After"] = "1"
     return response
+
+
+def is_draining() -> bool:
+    """Whether this process has been asked to stop; only our own worker tells."""
+    worker = sys.modules.get("flask_muset.worker")
+    return worker is not None and bool(worker.draining())
 
 
 def _complaint_of(probe: Probe) -> str | None:

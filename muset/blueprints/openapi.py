@@ -18,6 +18,13 @@ PATH = "/api/v1/openapi.json"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
+_EVENTS = {
+    "type": "string",
+    "description": "Events `meta`, `delta`, `citation`, `usage`, then one of `done` and `error`; "
+    "the data of each is a JSON object on one line.",
+}
+
+
 def json_body() -> Any:
     """The validated body of a route that takes JSON.
 
@@ -84,6 +91,8 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> dict[str, Er
         found["422"] = ErrorCategory.VALIDATION
     if "{" in path:
         found["404"] = ErrorCategory.NOT_FOUND
+    if path.endswith("/ask"):
+        found["502"] = ErrorCategory.EXTERNAL_SERVICE
     if "/admin/" in path and "{" in path and method == "post":
         found["409"] = ErrorCategory.CONFLICT
     # Only its owner and admins may delete a thing, or see what is a user's own.
@@ -107,6 +116,8 @@ def document(app: Flask) -> dict[str, Any]:
                 operation["responses"][status] = answer
             if path.startswith("/api/"):
                 operation["security"] = [{"key": []}]
+    content = made["paths"]["/api/v1/ask"]["post"]["responses"]["200"]["content"]
+    content["text/event-stream"] = {"schema": _EVENTS}
     return made
 
 

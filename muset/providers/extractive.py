@@ -4,12 +4,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from muset.ports import (
-    AnswerStatus,
     Citation,
     Cited,
     Delta,
+    Model,
     ModelQuestion,
-    ProviderAnswer,
     Retrieval,
     ScoredPassage,
     Span,
@@ -49,47 +48,23 @@ class ExtractiveProvider:
     """Needs no key, no network and no model, and answers the same question always the same way."""
 
     name = "extractive"
-    models: tuple[str, ...] = ("extractive",)
-
-    def answer(
-        self, question: str, retrieval: Retrieval, *, model: str, max_tokens: int | None
-    ) -> ProviderAnswer:
-        """Quote at most four sentences, or none where the passages do not cover the question.
-
-        Args:
-            question: Unused beside its terms in `retrieval`.
-            retrieval: Passages and the weights of the question's terms.
-            model: One of `models`.
-            max_tokens: Words of the answer at most; sentences that do not fit are left out.
-        """
-        candidates = _candidates(retrieval)
-        chosen = _choose(candidates, max_tokens)
-        if not chosen:
-            return ProviderAnswer("", AnswerStatus.UNSURE, (), 0, 0)
-        chosen.sort(key=lambda c: (candidates.index(_best_of(candidates, c)), c.span.start))
-        return ProviderAnswer(
-            text=" ".join(" ".join(c.text.split()) for c in chosen),
-            status=AnswerStatus.ANSWERED,
-            citations=tuple(_citation(c) for c in chosen),
-            input_tokens=0,
-            output_tokens=0,
-        )
-
+    models: tuple[Model, ...] = (Model("extractive"),)
     has_markers = False
 
     def stream(self, question: ModelQuestion) -> Iterator[Delta | Cited | Tokens]:
-        """Quote at most four sentences, or say nothing where the passages do not cover it."""
-        answer = self.answer(
-            question.question,
-            question.retrieval,
-            model=question.model,
-            max_tokens=question.max_tokens,
-        )
-        if answer.text:
-            yield Delta(answer.text)
-        for citation in answer.citations:
-            yield Cited(citation)
+        """Quote at most four sentences, or say nothing where the passages do not cover it.
+
+        `max_tokens` is the number of words: sentences that do not fit are left out.
+        """
         yield Tokens(0, 0)
+        candidates = _candidates(question.retrieval)
+        chosen = _choose(candidates, question.max_tokens)
+        if not chosen:
+            return
+        chosen.sort(key=lambda c: (candidates.index(_best_of(candidates, c)), c.span.start))
+        yield Delta(" ".join(" ".join(c.text.split()) for c in chosen))
+        for candidate in chosen:
+            yield Cited(_citation(candidate))
 
 
 def _best_of(candidates: Sequence[_Candidate], chosen: _Candidate) -> _Candidate:

@@ -58,6 +58,8 @@ class UsageService:
         status: str,
         input_tokens: int = 0,
         output_tokens: int = 0,
+        estimated: bool = False,
+        cost: int = 0,
     ) -> None:
         """Write one request down, whatever has become of it; it raises nothing.
 
@@ -74,6 +76,8 @@ class UsageService:
             status=status,
             input_tokens=input_tokens,
             output_tokens=output_tokens,
+            estimated=estimated,
+            cost=cost,
         )
         self._beside(partial(self._keep, asdict(entry))).join()
 

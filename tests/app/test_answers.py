@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from muset.ports import AnswerStatus, Principal, Role
+from muset.services.ask import Question
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -47,7 +48,7 @@ def test_twenty_questions(services, texts, prove):
     for entry in asked["answerable"]:
         document = next(text for name, text in texts.values() if name == entry["document"])
         assert entry["passage"] in document
-        answer = services.ask.ask(entry["question"])
+        answer = services.ask.ask(Question(entry["question"]))
         for citation in answer.citations:
             text = texts[citation.document_id][1]
             assert text[citation.start : citation.end] == citation.quote
@@ -55,7 +56,7 @@ def test_twenty_questions(services, texts, prove):
         if not is_cited(answer, texts, entry["document"], entry["passage"]):
             missed.append(entry["question"])
     for question in asked["unanswerable"]:
-        answer = services.ask.ask(question)
+        answer = services.ask.ask(Question(question))
         if answer.status is not AnswerStatus.UNSURE or answer.citations:
             wrong.append(question)
     prove.figure(f"{20 - len(missed)} of 20 cited, {5 - len(wrong)} of 5 unsure")

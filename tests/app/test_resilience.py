@@ -3,15 +3,15 @@
 import logging
 
 import pytest
+from scripted import Scripted, put_in_place
 
 from flask_muset import Resilience
-from flask_muset.clock import SYSTEM
 from flask_muset.errors import NetworkError
 from flask_muset.resilience import policies_of
 from flask_muset.testing import virtual_clock
 from muset import migrations
 from muset.app import create_app, make_services
-from muset.ports import Role
+from muset.ports import Model, Role
 from muset.settings import SettingsError, load_settings
 
 ASK = {"question": "What is it?"}
@@ -44,29 +44,17 @@ def make(tmp_path):
         app.extensions["muset"].database.close()
 
 
-class Provider:
-    """In place of the extractive one: does what it is told."""
-
-    name, models = "extractive", ("extractive",)
-
-    def __init__(self, app, action):
-        self.calls = 0
-        self._action = action
-        app.extensions["muset"].ask._provider = self
-
-    def answer(self, *_args, **_kwargs):
-        self.calls += 1
-        return self._action()
+AWAY = NetworkError("the provider is away")
 
 
-def fail():
-    raise NetworkError("the provider is away")
+def provider_of(app, *scripts):
+    return put_in_place(app, Scripted(*scripts, models=(Model("extractive"),)))
 
 
 def test_request_timeout(make, clock):
     """A request that takes longer than REQUEST_TIMEOUT is answered 504 at that moment."""
     app, client, who = make(REQUEST_TIMEOUT="2")
-    Provider(app, lambda: SYSTEM.sleep(5))
+    provider_of(app, 5)
     answer = client.post("/api/v1/ask", json=ASK, headers=who)
     assert (answer.status_code, answer.json["category"]) == (504, "timeout")
     assert clock.now == 1_002
@@ -77,12 +65,11 @@ def test_max_concurrent_requests(make):
     app, client, who = make(MAX_CONCURRENT_REQUESTS="1")
     inside = []
 
-    def nested():
+    def nested(_question):
         inside.append(app.test_client().post("/api/v1/ask", json=ASK, headers=who))
         inside.append(app.test_client().get("/health/live"))
-        fail()
 
-    Provider(app, nested)
+    provider_of(app, [nested, AWAY])
     client.post("/api/v1/ask", json=ASK, headers=who | {"X-Request-Timeout-Ms": "100"})
     assert (inside[0].status_code, inside[0].json["error"]) == (503, "OverloadedError")
     assert 1 <= int(inside[0].headers["Retry-After"]) <= 5
@@ -116,7 +103,7 @@ def test_max_retries_and_delays(make, clock, retries):
     app, client, who = make(
         MAX_RETRIES=str(retries), RETRY_INITIAL_DELAY="4", RETRY_MAX_DELAY="5", REQUEST_TIMEOUT="60"
     )
-    provider = Provider(app, fail)
+    provider = provider_of(app, AWAY)
     assert client.post("/api/v1/ask", json=ASK, headers=who).status_code == 503
     assert provider.calls == 1 + retries
     assert clock.now <= 1_000 + 4 + 5
@@ -128,18 +115,9 @@ def test_max_retries_and_delays(make, clock, retries):
 def test_attempts_are_in_the_answer(make, clock):
     """Each attempt is listed with its outcome, its time and the wait before it."""
     app, client, who = make(RETRY_INITIAL_DELAY="2", RETRY_MAX_DELAY="2")
-    real = app.extensions["muset"].ask._provider
-
-    class Flaky(Provider):
-        def answer(self, *args, **kwargs):
-            self.calls += 1
-            SYSTEM.sleep(0.5)
-            return fail() if self.calls < 3 else real.answer(*args, **kwargs)
-
-    app.extensions["muset"].ask._clock = lambda: clock.now
-    Flaky(app, None)
+    provider_of(app, [0.5, AWAY], [0.5, AWAY], [0.5, "It is [1]."])
     attempts = client.post("/api/v1/ask", json=ASK, headers=who).json["attempts"]
-    assert [attempt["outcome"] for attempt in attempts] == ["error", "error", "success"]
+    assert [a["outcome"] for a in attempts] == ["unavailable", "unavailable", "success"]
     assert [attempt["duration_s"] for attempt in attempts] == [0.5] * 3
     waits = [attempt["wait_s"] for attempt in attempts]
     assert waits[0] == 0
@@ -152,7 +130,7 @@ def test_circuit_breaker(make, clock):
     app, client, who = make(
         CIRCUIT_BREAKER_THRESHOLD="3", CIRCUIT_BREAKER_TIMEOUT="20", MAX_RETRIES="0"
     )
-    provider = Provider(app, fail)
+    provider = provider_of(app, AWAY)
     answers = [client.post("/api/v1/ask", json=ASK, headers=who) for _ in range(5)]
     assert [answer.json["error"] for answer in answers] == [
         *["NetworkError"] * 3,
@@ -170,7 +148,7 @@ def test_enable_circuit_breaker(make):
     app, client, who = make(
         ENABLE_CIRCUIT_BREAKER="false", CIRCUIT_BREAKER_THRESHOLD="1", MAX_RETRIES="0"
     )
-    provider = Provider(app, fail)
+    provider = provider_of(app, AWAY)
     for _ in range(4):
         assert client.post("/api/v1/ask", json=ASK, headers=who).json["error"] == "NetworkError"
     assert provider.calls == 4

@@ -4,13 +4,14 @@ import datetime
 import sqlite3
 import threading
 from contextlib import closing
-from dataclasses import replace
+
+from scripted import Scripted, put_in_place
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import NetworkError
 from flask_muset.testing import virtual_clock
-from muset.ports import Asker
+from muset.ports import Asker, Tokens
 
 ASK = {"question": "How many eggs does the queen lay a day?"}
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays 2,000 eggs a day."}
@@ -29,10 +30,6 @@ def ledger(app, *, flushed=True):
 
 def ask(client, who, **headers):
     return client.post("/api/v1/ask", json=ASK, headers=who | headers)
-
-
-def provider_of(app, monkeypatch, answer):
-    monkeypatch.setattr(app.extensions["muset"].ask._provider, "answer", answer)
 
 
 def test_each_question_has_an_entry(app, client, services, member, admin):
@@ -61,35 +58,21 @@ def test_each_question_has_an_entry(app, client, services, member, admin):
     assert len({row["id"] for row in found.values()}) == 2
 
 
-def test_the_tokens_are_those_of_the_answer_and_of_a_cached_one_none(
-    app, client, member, monkeypatch
-):
+def test_the_tokens_are_those_of_the_answer_and_of_a_cached_one_none(app, client, member):
     """Each billed token stands in the ledger once."""
     client.post("/api/v1/documents", json=BEES, headers=member)
-    real = app.extensions["muset"].ask._provider.answer
-    provider_of(
-        app,
-        monkeypatch,
-        lambda *args, **kwargs: replace(real(*args, **kwargs), input_tokens=7, output_tokens=3),
-    )
+    put_in_place(app, Scripted(["She lays 2,000 eggs a day [1].", Tokens(7, 3)]))
     for _ in range(3):
         assert ask(client, member).status_code == 200
     tokens = [(row["input_tokens"], row["output_tokens"]) for row in ledger(app)]
     assert sorted(tokens) == [(0, 0), (0, 0), (7, 3)]
 
 
-def test_a_failure_and_a_request_that_was_cut_off_have_entries(app, client, member, monkeypatch):
+def test_a_failure_and_a_request_that_was_cut_off_have_entries(app, client, member):
     """Status error, although the time of the request is up; a refused question has none."""
-
-    def slow(*_args, **_kwargs):
-        SYSTEM.sleep(60)
-
-    def fail(*_args, **_kwargs):
-        raise NetworkError("the provider is away")
-
     with virtual_clock():
-        for answer, status in ((fail, 503), (slow, 504)):
-            provider_of(app, monkeypatch, answer)
+        for step, status in ((NetworkError("the provider is away"), 503), (60, 504)):
+            put_in_place(app, Scripted(step))
             late = {"X-Request-Timeout-Ms": "10000"}
             assert ask(client, member, **late).status_code == status
         assert client.post("/api/v1/ask", json={"question": " "}, headers=member).status_code == 422

@@ -22,7 +22,7 @@ from werkzeug.exceptions import HTTPException
 
 import flask_muset.error_handler.extension as extension_module
 from flask_muset import ErrorHandler
-from flask_muset.error_handler import openapi_components, recent_errors
+from flask_muset.error_handler import error_body, openapi_components, recent_errors
 from flask_muset.errors import (
     TABLE,
     AuthenticationError,
@@ -312,6 +312,34 @@ def test_after_request_that_raises_ends_in_json():
     answer = app.test_client().get("/")
     assert (answer.status_code, answer.json["category"]) == (500, "internal")
     assert answer.headers["X-Request-ID"] == answer.json["request_id"]
+
+
+def test_an_error_that_a_stream_tells_itself(app):
+    """The same JSON as of a response, whatever the client accepts; recorded once, as streaming."""
+    events = []
+    receiver = error_handled.connect_via(app)(lambda _sender, event: events.append(event))
+
+    def chunks(environ):
+        yield "begun\n"
+        yield error_body(app, OverloadedError("too much", retry_after=3.2), environ)
+
+    app.add_url_rule("/stream", "stream", lambda: Response(chunks(request.environ)))
+    client = raising(app, OverloadedError("too much", retry_after=3.2))
+    headers = {"X-Request-ID": "one-and-the-same"}
+    whole = client.get("/fail", headers=headers).json
+    begun, body = client.get("/stream", headers=headers | {"Accept": "text/html"}).text.split("\n")
+    assert begun == "begun"
+    assert json.loads(body) == whole | {"path": "/stream"}
+    assert [event.streaming for event in events] == [False, True]
+    assert receiver is not None
+
+
+def test_an_error_that_cannot_be_told(app, monkeypatch):
+    """A broken encoder: constant JSON all the same."""
+    answer = raising(app, ConflictError("x")).get("/fail")
+    monkeypatch.setattr(app.json, "dumps", lambda *_args, **_kwargs: 1 / 0)
+    body = json.loads(error_body(app, NotFoundError("y"), answer.request.environ))
+    assert (body["error"], body["path"]) == ("InternalError", "/fail")
 
 
 def test_broken_stream_ends_visibly_and_once(app):

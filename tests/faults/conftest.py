@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 class Service:
     """`muset serve` in a process group of its own."""
 
-    def __init__(self, data_dir):
+    def __init__(self, data_dir, **environ):
+        self.environ = environ
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = data_dir
@@ -35,6 +36,7 @@ class Service:
             "PORT": str(self.port),
             "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
             "METRICS_PORT": "0",
+            **self.environ,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "muset.cli", "serve"],
@@ -96,8 +98,20 @@ class Service:
 
 
 @pytest.fixture
-def service(tmp_path):
-    service = Service(tmp_path)
-    yield service
-    if service.process is not None and service.process.poll() is None:
-        service.kill_group()
+def make_service(tmp_path):
+    """Makes one with some variables; it is not started."""
+    made = []
+
+    def make(**environ):
+        made.append(Service(tmp_path, **environ))
+        return made[-1]
+
+    yield make
+    for service in made:
+        if service.process is not None and service.process.poll() is None:
+            service.kill_group()
+
+
+@pytest.fixture
+def service(make_service):
+    return make_service()

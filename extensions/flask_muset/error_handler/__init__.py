@@ -1,7 +1,7 @@
 """ErrorHandler: every error of a Flask app, answered properly and without secrets."""
 
-from flask_muset.error_handler.extension import ErrorHandler, recent_errors
+from flask_muset.error_handler.extension import ErrorHandler, error_body, recent_errors
 from flask_muset.error_handler.journal import KeptErrors
 from flask_muset.error_handler.openapi import openapi_components
 
-__all__ = ["ErrorHandler", "KeptErrors", "openapi_components", "recent_errors"]
+__all__ = ["ErrorHandler", "KeptErrors", "error_body", "openapi_components", "recent_errors"]

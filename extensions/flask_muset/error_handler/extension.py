@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from flask_muset.error_handler.shared import SharedErrors
     from flask_muset.redis import GuardedRedis
 
-__all__ = ["ErrorHandler", "recent_errors"]
+__all__ = ["ErrorHandler", "error_body", "recent_errors"]
 
 _logger = logging.getLogger(__name__)
 
@@ -198,6 +198,27 @@ def _client(config: Config) -> "GuardedRedis":
         )
     except ValueError as error:
         raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
+
+
+def error_body(app: Flask, exception: Exception, environ: "WSGIEnvironment") -> str:
+    """Record an exception of a response that has begun, and say it in JSON on one line.
+
+    For streams that can tell their client what has happened, and end well then.
+
+    Args:
+        app: Whose error it is; ErrorHandler is set up on it.
+        exception: As it was raised.
+        environ: Of the request; whatever it accepts, this is JSON.
+    """
+    state: _State = app.extensions[_KEY]
+    incoming = app.request_class({k: v for k, v in environ.items() if k != "HTTP_ACCEPT"})
+    try:
+        error, secrets = _record(app, state, exception, incoming, streaming=True)
+        answer = _render(app, state, error, exception, incoming, secrets)
+        return answer.get_data(as_text=True)
+    except Exception as failure:  # noqa: BLE001 - whatever broke, the client gets valid JSON
+        _report_failure(failure)
+        return render.constant_body(incoming.path, _id_of(incoming)).decode()
 
 
 def _bind(app: Flask, state: _State) -> None:
