@@ -2,19 +2,18 @@
 
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from flask_muset.errors import AuthenticationError, NotFoundError, ValidationError
 from muset.ports import KeyRecord, KeyStore, Principal, Role
+from muset.services.fields import clean_email
 
 __all__ = ["KeyService"]
 
 _PREFIX = "msk_"
 _PREFIX_LENGTH = 8
-_EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
 #: Longer credentials are refused before they are hashed.
 _MAX_KEY_LENGTH = 256
 
@@ -83,7 +82,7 @@ class KeyService:
         *,
         only_first: bool = False,
     ) -> KeyRecord | None:
-        self._check_email(email)
+        email = clean_email(email, "user")
         if lifetime is not None and lifetime <= timedelta():
             raise ValidationError("a key must be valid for some time.", field="expires")
         return self._store.create(
@@ -94,10 +93,6 @@ class KeyService:
             expires_at=None if lifetime is None else self._now() + lifetime,
             only_first=only_first,
         )
-
-    def _check_email(self, email: str) -> None:
-        if not _EMAIL.fullmatch(email):
-            raise ValidationError(f"{email!r} is not an e-mail address.", field="user")
 
     def _found(self, key: str) -> Sequence[KeyRecord]:
         return self._store.find(key[len(_PREFIX) :][:_PREFIX_LENGTH])
@@ -140,8 +135,7 @@ class KeyService:
         Raises:
             ValidationError: The address is none.
         """
-        self._check_email(email)
-        return self._store.user_id(email)
+        return self._store.user_id(clean_email(email, "user"))
 
     def revoke(self, key_id: int) -> None:
         """Withdraw a key.
