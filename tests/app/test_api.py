@@ -1,5 +1,6 @@
 """The API as a client sees it, in process."""
 
+import collections
 import io
 import json
 
@@ -225,20 +226,29 @@ def test_document_is_exactly_what_is_served(app):
     assert described == served
 
 
+def no_traceback(_context, response, _case):
+    """What went wrong inside is for the log."""
+    assert "Traceback (most recent call last)" not in response.text
+    assert '.py", line' not in response.text
+
+
+@pytest.mark.claim("10,000 generated requests: no 5xx, no undocumented status, no traceback")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_schemathesis(app, admin):
+def test_schemathesis(app, admin, prove):
     """Generated requests: no 5xx, no undocumented status, every answer fits its schema."""
     checks = [
+        no_traceback,
         schemathesis.checks.not_a_server_error,
         checks_of.status_code_conformance,
         checks_of.content_type_conformance,
         checks_of.response_schema_conformance,
     ]
     schema = schemathesis.openapi.from_wsgi(openapi.PATH, app)
-    for operation in schema.get_all_operations():
+    operations, statuses = list(schema.get_all_operations()), collections.Counter()
+    for operation in operations:
 
         @hypothesis.settings(
-            max_examples=25,
+            max_examples=1 + 10_000 // len(operations) if prove.full else 6,
             derandomize=True,
             deadline=None,
             database=None,
@@ -246,9 +256,12 @@ def test_schemathesis(app, admin):
         )
         @hypothesis.given(case=operation.ok().as_strategy())
         def generated(case):
-            case.call_and_validate(headers=admin, checks=checks)
+            response = case.call_and_validate(headers=admin, checks=checks)
+            statuses[f"{response.status_code // 100}xx"] += 1
 
         generated()
+    prove.figure(f"{statuses.total()} requests to {len(operations)} operations: {dict(statuses)}")
+    assert statuses["2xx"] > statuses.total() / 20
 
 
 @hypothesis.settings(max_examples=150, derandomize=True, deadline=None, database=None)
