@@ -161,7 +161,7 @@ class UserIn(_In):
 
 
 class UserPatch(_In):
-    """What is to be changed of a user: a name, an address, or both. Addresses are for admins."""
+    """What is to be changed of a user; what is null or left out stays. Addresses are for admins."""
 
     email: Email | None = None
     name: Name | None = None
@@ -231,7 +231,7 @@ class UsageQuery(BaseModel):
     group_by: Literal["request", "user", "model", "day"] = "day"
     user_id: Id | None = None
     limit: Annotated[int, Field(ge=1, le=100)] = 50
-    cursor: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,1000}$")] | None = None
+    cursor: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,2000}$")] | None = None
 
 
 class UsageItem(BaseModel):

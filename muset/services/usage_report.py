@@ -130,7 +130,11 @@ def _own(who: Principal, user_id: int | None) -> int:
 
 
 def _cursor_of(place: tuple[int | str, ...]) -> str:
-    return base64.urlsafe_b64encode(json.dumps(place).encode()).decode().rstrip("=")
+    return (
+        base64.urlsafe_b64encode(json.dumps(place, ensure_ascii=False).encode())
+        .decode()
+        .rstrip("=")
+    )
 
 
 def _place_of(cursor: str, kinds: tuple[type, ...]) -> tuple[int | str, ...]:
@@ -161,4 +165,4 @@ def _is_storable(part: Any) -> bool:
     """Whether every database can compare with it."""
     if isinstance(part, int):
         return abs(part) <= MAX_ID
-    return "\0" not in part and part.isprintable()
+    return not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in part)
