@@ -63,12 +63,12 @@ class UsageSumStore:
 
 
 def _sum(row: tuple[Any, ...], places: int, names: Sequence[str]) -> UsageSum:
-    after, rest = row[:places], row[places:]
-    shared = dict.fromkeys(_SHARED) | dict(zip(names, rest, strict=False))
+    sums = places + len(names)
+    shared = dict.fromkeys(_SHARED) | dict(zip(names, row[places:sums], strict=True))
     # PostgreSQL's sums of whole numbers are decimals.
-    requests, tokens_in, tokens_out, estimated, cost = map(int, rest[len(names) :])
+    requests, tokens_in, tokens_out, estimated, cost = map(int, row[sums:])
     return UsageSum(
-        after=after,
+        after=row[:places],
         **shared,
         requests=requests,
         input_tokens=tokens_in,

@@ -45,6 +45,9 @@ class KeyService:
         Raises:
             ValidationError: The address is none, or the lifetime is not positive.
         """
+        return self._make(clean_email(email, "user"), role, lifetime)
+
+    def _make(self, email: str, role: Role, lifetime: timedelta | None) -> str:
         key = _PREFIX + secrets.token_urlsafe(32)
         self._add(key, email, role, lifetime)
         return key
@@ -58,6 +61,7 @@ class KeyService:
                 next start makes another one.
         """
         key = _PREFIX + secrets.token_urlsafe(32)
+        email = clean_email(email, "user")
         record = self._add(key, email, Role.ADMIN, None, only_first=True)
         if record is None:
             return None
@@ -71,7 +75,7 @@ class KeyService:
     def install(self, key: str, email: str) -> None:
         """Make sure that a given admin key holds; a second call changes nothing."""
         if not any(record.digest == _digest(key) for record in self._found(key)):
-            self._add(key, email, Role.ADMIN, None)
+            self._add(key, clean_email(email, "user"), Role.ADMIN, None)
 
     def _add(
         self,
@@ -82,7 +86,6 @@ class KeyService:
         *,
         only_first: bool = False,
     ) -> KeyRecord | None:
-        email = clean_email(email, "user")
         if lifetime is not None and lifetime <= timedelta():
             raise ValidationError("a key must be valid for some time.", field="expires")
         return self._store.create(
@@ -157,4 +160,5 @@ class KeyService:
             raise NotFoundError(f"no key has the id {key_id}", resource_type="key")
         self.revoke(key_id)
         left = None if old.expires_at is None else old.expires_at - old.created_at
-        return self.create(old.email, old.role, left)
+        # The address as it is: it may be one from before there was one form of them.
+        return self._make(old.email, old.role, left)

@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
-from flask_muset.errors import CacheUnavailable, ValidationError
+from flask_muset.errors import AuthenticationError, CacheUnavailable, ValidationError
 from flask_muset.testing import virtual_clock
 from muset.ports import Principal, Role
 from muset.services.fields import clean_email, clean_name
@@ -403,6 +403,28 @@ def test_old_addresses_are_brought_into_one_form(tmp_path):
             ("bob@example.org", "", 1),
         ]
     engine.dispose()
+
+
+def test_a_key_of_an_old_address_is_rotated_for_its_own_user(services):
+    """Where two users differ in case alone, the new key is not the other one's."""
+    old = services.keys.create("ada@example.org", Role.MEMBER)
+    services.keys.create("bob@example.org", Role.MEMBER)
+    change = text("UPDATE users SET email = 'ADA@example.org' WHERE email = 'bob@example.org'")
+    services.database.write(lambda c: c.execute(change))
+    mine = next(k for k in services.keys.list() if k.email == "ADA@example.org")
+    key = services.keys.rotate(mine.id)
+    assert services.keys.authenticate(key).user_id == mine.user_id
+    assert services.keys.authenticate(old).user_id != mine.user_id
+
+
+def test_a_key_that_is_made_as_its_user_goes_does_not_hold(services):
+    """Whatever is left in the table: keys of users who are not there are none."""
+    key = services.keys.create("ada@example.org", Role.ADMIN)
+    change = text("UPDATE users SET deleted_at = created_at WHERE email = 'ada@example.org'")
+    services.database.write(lambda c: c.execute(change))
+    with pytest.raises(AuthenticationError):
+        services.keys.authenticate(key)
+    assert services.keys.list() == []
 
 
 def test_the_service_asks_for_the_role_itself(services):

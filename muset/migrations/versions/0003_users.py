@@ -20,7 +20,7 @@ def upgrade() -> None:
 
 
 def _bring_emails_into_one_form() -> None:
-    """Of several users that differ in case alone the first one gets the address.
+    """Of several users that differ in case alone one gets the address.
 
     The others stay as they are: their keys hold, and an admin says what becomes of them.
     """
