@@ -60,7 +60,13 @@ PARTS = {
 #: Nobody but Ada and the admins may ever see one of these.
 PRIVATE = ("ada@example.org", "Ada Private", "ada-preference", "ada-model")
 #: Answers that hold some of it, for her.
-SHOWS = {"users.get", "users.change", "users.get_preferences", "usage.list_usage"}
+SHOWS = {
+    "usage.list_usage",
+    "users.change",
+    "users.get",
+    "users.get_preferences",
+    "users.put_preferences",
+}
 ELSEWHERE = {"REMOTE_ADDR": "192.0.2.7"}
 
 
