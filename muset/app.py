@@ -38,9 +38,11 @@ from muset.adapters.preferences import SqlitePreferenceStore
 from muset.adapters.redis import RedisProbe
 from muset.adapters.sqlite import Database, is_outage
 from muset.adapters.usage import SqliteUsageStore
-from muset.blueprints import admin, ask, auth, documents, health, openapi, users
+from muset.adapters.usage_sums import UsageSumStore
+from muset.adapters.users import UserStore
+from muset.blueprints import admin, ask, auth, documents, health, openapi, search, usage, users
 from muset.blueprints.strict_json import StrictJSON
-from muset.ports import Cache, Document, Probe, TrackCall
+from muset.ports import Cache, Document, Probe, ScoredPassage, TrackCall, User
 from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
 from muset.services.answering import Answer, Answering, Source
@@ -50,8 +52,11 @@ from muset.services.documents import DocumentService
 from muset.services.files import FileService
 from muset.services.keys import KeyService
 from muset.services.preferences import PreferenceService
+from muset.services.search import SearchService
 from muset.services.streaming import Times
 from muset.services.usage import UsageService
+from muset.services.usage_report import UsageReport
+from muset.services.users import UserService
 from muset.settings import Settings, load_settings
 
 __all__ = ["Services", "create_app", "make_services"]
@@ -71,7 +76,10 @@ class Services:
     documents: DocumentService
     files: FileService
     ask: AskService
+    users: UserService
     preferences: PreferenceService
+    search: SearchService
+    usage: UsageReport
     dead_letters: DeadLetterService
     probes: Sequence[Probe]
 
@@ -121,6 +129,9 @@ def make_services(
             resilience.policy("extraction", Bulkhead(_READERS, max_wait=_READER_WAIT_S)),
             settings.max_document_bytes,
         ),
+        users=UserService(UserStore(database), cache),
+        search=SearchService(store, cache),
+        usage=UsageReport(UsageSumStore(database), cache, SYSTEM),
         preferences=PreferenceService(SqlitePreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),
         probes=(database, *probes),
@@ -246,7 +257,7 @@ def create_app(
     if settings.journal_path is not None:
         app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
     cache = CacheStrategies(app, redis=redis)
-    for kept in (Answer, Document):
+    for kept in (Answer, Document, ScoredPassage, User):
         cache.register(kept)
     app.extensions["muset"] = make_services(
         settings,
@@ -263,6 +274,8 @@ def create_app(
         documents.blueprint,
         ask.blueprint,
         users.blueprint,
+        search.blueprint,
+        usage.blueprint,
         admin.blueprint,
         health.blueprint,
         openapi.make_blueprint(app),

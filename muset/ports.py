@@ -87,6 +87,56 @@ class UsageEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class User:
+    """Somebody who has keys; what they may do is the keys' affair.
+
+    Attributes:
+        email: In lower case, unlike that of every other user.
+        name: For people; empty where only a key was made for the address.
+        version: Grows with each change.
+    """
+
+    id: int
+    email: str
+    name: str
+    created_at: datetime
+    version: int
+
+
+class UsageGroup(StrEnum):
+    """What entries of the ledger are added up by."""
+
+    REQUEST = "request"
+    USER = "user"
+    MODEL = "model"
+    DAY = "day"
+
+
+@dataclass(frozen=True, slots=True)
+class UsageSum:
+    """What was used, added up; None where the entries of a group need not agree.
+
+    Attributes:
+        after: Tells a store where the group stands among the others.
+        day: In UTC, as YYYY-MM-DD.
+        estimated: Whether some of the tokens were counted here.
+        cost: In billionths.
+    """
+
+    after: tuple[int | str, ...]
+    user_id: int | None
+    model: str | None
+    provider: str | None
+    day: str | None
+    status: str | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+    cost: int
+
+
+@dataclass(frozen=True, slots=True)
 class KeyRecord:
     """A stored key; the key itself is not in it.
 
@@ -334,6 +384,43 @@ class Cache(Journal, Protocol):
         """Forget a key; who is fetching it now does not put it in any more."""
         ...
 
+    def delete_pattern(self, pattern: str) -> int:
+        """Forget the keys that match, `*` standing for any text, and say how many there were.
+
+        Raises:
+            CacheUnavailable: Nobody can tell now.
+        """
+        ...
+
+    def write_through(
+        self,
+        key: str,
+        value: T,
+        write_func: Callable[[T], Any],
+        expire: float | None = None,
+    ) -> bool:
+        """Write a value to its source, then to the cache.
+
+        Args:
+            key: Of the value.
+            value: What is read from now on.
+            write_func: Writes the source; what it raises is raised, and nothing is kept then.
+            expire: Seconds for which it is fresh.
+
+        Returns:
+            True: the source has it, and the cache agrees. False: the source has it, and the cache
+            is made to agree as soon as it can be.
+        """
+        ...
+
+    def pending(self) -> Mapping[str, Any]:
+        """What waits to be written: `pending`, how many, and `oldest_s`, for how long at most.
+
+        Raises:
+            MusetError: The journal cannot be reached.
+        """
+        ...
+
     def writer(
         self,
         name: str,
@@ -413,6 +500,44 @@ class KeyStore(Protocol):
 
     def user_id(self, email: str) -> int:
         """The id of a user, made if the address is new."""
+        ...
+
+
+class UserStore(Protocol):
+    """Users; each call is one transaction."""
+
+    def add(self, *, email: str, name: str) -> User | None:
+        """Store a user; None if the address is another one's."""
+        ...
+
+    def get(self, user_id: int) -> User | None:
+        """One user."""
+        ...
+
+    def list(self, *, limit: int, after_id: int) -> Sequence[User]:
+        """Users in the order of their ids, those above `after_id` alone."""
+        ...
+
+    def replace(self, user: User) -> bool:
+        """Store a user in place of the version before; False if that is not there any more.
+
+        Raises:
+            ConflictError: The address is another one's.
+        """
+        ...
+
+    def delete(self, user_id: int, *, version: int | None = None) -> bool:
+        """Forget a user with all that is theirs alone: address, name, keys and preferences.
+
+        The id is never given again, and older writes of preferences are refused from now on.
+
+        Args:
+            user_id: Which.
+            version: Only this one; None for any.
+
+        Returns:
+            Whether there was one.
+        """
         ...
 
 
@@ -500,6 +625,32 @@ class UsageStore(Protocol):
 
         Args:
             entries: Each has the fields of `UsageEntry`.
+        """
+        ...
+
+
+class UsageSums(Protocol):
+    """The ledger, added up."""
+
+    def sums(
+        self,
+        group_by: UsageGroup,
+        *,
+        first_day: str,
+        last_day: str,
+        user_id: int | None,
+        after: tuple[int | str, ...] | None,
+        limit: int,
+    ) -> Sequence[UsageSum]:
+        """Sums in the order of what they are grouped by.
+
+        Args:
+            group_by: What makes a group.
+            first_day: As YYYY-MM-DD.
+            last_day: The same; it belongs to them.
+            user_id: Whose entries; None for all.
+            after: `after` of the sum behind which to begin; None for the first.
+            limit: How many at most.
         """
         ...
 

@@ -62,6 +62,25 @@ class NoCache:
         """There is nothing to forget."""
         return True
 
+    def delete_pattern(self, pattern: str) -> int:
+        """There is nothing to forget."""
+        return 0
+
+    def write_through(
+        self,
+        key: str,
+        value: T,
+        write_func: Callable[[T], Any],
+        expire: float | None = None,
+    ) -> bool:
+        """Write the source."""
+        write_func(value)
+        return True
+
+    def pending(self) -> Mapping[str, Any]:
+        """Nothing waits."""
+        return {"pending": 0, "oldest_s": 0.0}
+
     def writer(
         self,
         name: str,

@@ -23,6 +23,7 @@ def _naive(moment: datetime | None) -> datetime | None:
 
 
 def _query() -> Select[*tuple[Any, ...]]:
+    """Keys of users who are there."""
     return select(
         Key.id,
         Key.user_id,
@@ -33,7 +34,7 @@ def _query() -> Select[*tuple[Any, ...]]:
         Key.created_at,
         Key.expires_at,
         Key.revoked_at,
-    ).join(User, User.id == Key.user_id)
+    ).join(User, (User.id == Key.user_id) & User.deleted_at.is_(None))
 
 
 def _record(row: Any) -> KeyRecord:

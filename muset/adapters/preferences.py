@@ -30,7 +30,7 @@ class SqlitePreferenceStore:
         query = (
             select(User.id, Preferences.data)
             .outerjoin(Preferences, Preferences.user_id == User.id)
-            .where(User.id == user_id)
+            .where(User.id == user_id, User.deleted_at.is_(None))
         )
         row = self._database.read(lambda c: c.execute(query).one_or_none())
         if row is None:

@@ -1,17 +1,16 @@
 """What operators read and change."""
 
-import logging
 from typing import Any
 
 from flask import Blueprint, Response, current_app, jsonify, request
 from spectree import Response as Described
 
 from flask_muset.cache_strategies import cache_manager
-from flask_muset.context import request_id
 from flask_muset.error_handler import KeptErrors, recent_errors
 from flask_muset.errors import ConflictError, NotFoundError, ValidationError
 from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
-from muset.blueprints.auth import principal, require_admin
+from muset.blueprints.audit import log_change
+from muset.blueprints.auth import require_admin
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import (
     DeadLetterIn,
@@ -31,10 +30,6 @@ from muset.services.dead_letters import DeadLetterService
 __all__ = ["blueprint"]
 
 _DONE = {"requeue": "requeued", "drop": "dropped"}
-
-_audit = logging.getLogger("muset.audit")
-# Whatever LOG_LEVEL is: what an operator changes is always written down.
-_audit.setLevel(logging.INFO)
 
 blueprint = Blueprint("admin", __name__, url_prefix="/api/v1/admin")
 blueprint.before_request(require_admin)
@@ -93,7 +88,7 @@ def change_policy(name: str) -> Response:
     else:
         breaker.reset()
     how_long = "" if body.expires_s is None else f" for {body.expires_s:g} s"
-    _log_change(f"policy {name} set to {body.mode}{how_long}")
+    log_change(f"policy {name} set to {body.mode}{how_long}")
     return jsonify(_policy(name))
 
 
@@ -106,7 +101,7 @@ def invalidate_cache() -> Response:
     """
     body: InvalidateIn = json_body()
     deleted = cache_manager.delete_pattern(body.pattern)
-    _log_change(f"{deleted} keys of the cache deleted, which match {body.pattern!a}")
+    log_change(f"{deleted} keys of the cache deleted, which match {body.pattern!a}")
     return jsonify({"deleted": deleted})
 
 
@@ -128,24 +123,13 @@ def settle_dead_letter(letter_id: str) -> Response:
     """
     body: DeadLetterIn = json_body()
     _dead_letters().settle(letter_id, body.action)
-    _log_change(f"dead letter {letter_id} {_DONE[body.action]}")
+    log_change(f"dead letter {letter_id} {_DONE[body.action]}")
     return jsonify({"id": letter_id, "action": body.action})
 
 
 def _dead_letters() -> DeadLetterService:
     service: DeadLetterService = current_app.extensions["muset"].dead_letters
     return service
-
-
-def _log_change(what: str) -> None:
-    who = principal()
-    _audit.info(
-        "audit: %s by user %d with key %d, request %s",
-        what,
-        who.user_id,
-        who.key_id,
-        request_id(),
-    )
 
 
 def _policy(name: str) -> dict[str, Any]:

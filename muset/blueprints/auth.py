@@ -22,11 +22,11 @@ def _authenticate(incoming: Request) -> Principal:
     """Look the key up, once for each request, whatever comes of it."""
     found: Principal | AuthenticationError | None = incoming.environ.get(_WHO)
     if found is None:
-        header = incoming.authorization
-        key = header.token if header is not None and header.type == "bearer" else None
+        # Not `incoming.authorization`: reading other schemes raises at some of what is no base64.
+        scheme, _, key = incoming.headers.get("Authorization", "").partition(" ")
         keys: KeyService = current_app.extensions["muset"].keys
         try:
-            found = keys.authenticate(key)
+            found = keys.authenticate(key.strip() if scheme.lower() == "bearer" else None)
         except AuthenticationError as error:
             found = error.with_traceback(None)
         incoming.environ[_WHO] = found

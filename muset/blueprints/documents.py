@@ -7,6 +7,7 @@ from spectree import Response as Described
 
 from flask_muset.errors import ValidationError
 from muset.blueprints.auth import principal, require_key
+from muset.blueprints.conditional import check_if_match, respond
 from muset.blueprints.openapi import json_body, spec
 from muset.blueprints.schemas import (
     DocumentForm,
@@ -95,18 +96,20 @@ def list_documents() -> Response:
 
 
 @blueprint.get("/<int:document_id>")
-@spec.validate(resp=Described("HTTP_304", HTTP_200=DocumentWithText), tags=["documents"])
+@spec.validate(
+    resp=Described("HTTP_304", "HTTP_412", HTTP_200=DocumentWithText), tags=["documents"]
+)
 def get(document_id: int) -> Response:
     """One document with its text."""
     document = _service().get(document_id)
-    response = jsonify({**_summary(document), "text": document.text})
-    response.set_etag(document.sha256)
-    return response.make_conditional(request)  # type: ignore[return-value]
+    return respond({**_summary(document), "text": document.text}, document.sha256)
 
 
 @blueprint.delete("/<int:document_id>")
-@spec.validate(resp=Described("HTTP_204"), tags=["documents"])
+@spec.validate(resp=Described("HTTP_204", "HTTP_403", "HTTP_412"), tags=["documents"])
 def delete(document_id: int) -> Response:
     """Forget a document; it is never cited again. Only its owner or an admin may."""
+    if request.if_match:
+        check_if_match(_service().get(document_id).sha256)
     _service().delete(principal(), document_id)
     return Response(status=204)

@@ -56,7 +56,7 @@ def _before(_request: Any, _response: Any, error: Any, _instance: Any, _adapter:
     """Raise what spectree found, so that ErrorHandler answers it like every other error."""
     if error is None:
         return
-    if request.method in ("POST", "PUT") and request.mimetype not in _FORMS:
+    if request.method in ("POST", "PUT", "PATCH") and request.mimetype not in _FORMS:
         request.get_json()  # a body that cannot be read at all is a 400 or 415
     raise error
 
@@ -74,11 +74,21 @@ spec = SpecTree(
 )
 
 
+#: Errors that a route names itself, because they do not follow from its form.
+_NAMED = {
+    "403": ErrorCategory.AUTHORIZATION,
+    "409": ErrorCategory.CONFLICT,
+    "412": ErrorCategory.CONFLICT,
+    "428": ErrorCategory.CONFLICT,
+}
+
+
 def _statuses(path: str, method: str, operation: dict[str, Any]) -> dict[str, ErrorCategory]:
     """The errors that an operation may answer, by status."""
-    found = {"500": ErrorCategory.INTERNAL}
     if path.startswith("/health/"):
         return {}
+    found = {"500": ErrorCategory.INTERNAL}
+    found |= {status: _NAMED[status] for status in operation["responses"] if status in _NAMED}
     found |= {
         "401": ErrorCategory.AUTHENTICATION,
         "429": ErrorCategory.RATE_LIMIT,
@@ -101,6 +111,21 @@ def _statuses(path: str, method: str, operation: dict[str, Any]) -> dict[str, Er
     return found
 
 
+def _conditions(operation: dict[str, Any]) -> None:
+    """Describe the headers that make a request a conditional one."""
+    answers = operation["responses"]
+    for status, name in (("304", "If-None-Match"), ("412", "If-Match")):
+        if status in answers:
+            header = {
+                "name": name,
+                "in": "header",
+                "required": name == "If-Match" and "428" in answers,
+                "description": "Tags of RFC 9110, or *.",
+                "schema": {"type": "string"},
+            }
+            operation.setdefault("parameters", []).append(header)
+
+
 def document(app: Flask) -> dict[str, Any]:
     """Spectree's document with the errors, which are the table's, and the keys."""
     with app.app_context():
@@ -114,6 +139,7 @@ def document(app: Flask) -> dict[str, Any]:
             for status, category in _statuses(path, method, operation).items():
                 answer = {"$ref": f"#/components/responses/{TABLE[category].error}"}
                 operation["responses"][status] = answer
+            _conditions(operation)
             if path.startswith("/api/"):
                 operation["security"] = [{"key": []}]
     content = made["paths"]["/api/v1/ask"]["post"]["responses"]["200"]["content"]

@@ -1,9 +1,10 @@
 """What goes in and out, as pydantic models; the OpenAPI document is made of them."""
 
-from datetime import datetime
+import re
+from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, RootModel, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, StringConstraints
 
 __all__ = [
     "AskIn",
@@ -29,11 +30,23 @@ __all__ = [
     "PolicyOut",
     "Preferences",
     "Ready",
+    "SearchOut",
+    "SearchQuery",
+    "UsageList",
+    "UsageQuery",
+    "UserIn",
+    "UserList",
+    "UserOut",
+    "UserPatch",
 ]
 
 _MAX_ID = (1 << 63) - 1
 Id = Annotated[int, Field(ge=1, le=_MAX_ID)]
 Title = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Email = Annotated[str, StringConstraints(min_length=3, max_length=254)]
+
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 
 class _In(BaseModel):
@@ -148,6 +161,113 @@ class AskOut(BaseModel):
 
 class Preferences(RootModel[dict[str, Any]]):
     """Any JSON object of at most 16,384 bytes as compact JSON, and 64 levels."""
+
+
+class UserIn(_In):
+    """A user to add."""
+
+    email: Email
+    name: Name
+
+
+class UserPatch(_In):
+    """What is to be changed of a user; what is null or left out stays. Addresses are for admins."""
+
+    email: Email | None = None
+    name: Name | None = None
+
+
+class UserOut(BaseModel):
+    """A user; `name` is empty where only a key was made for the address."""
+
+    id: int
+    email: str
+    name: str
+    created_at: datetime
+
+
+class UserList(BaseModel):
+    """A page of users."""
+
+    items: list[UserOut]
+    next_cursor: str | None
+
+
+class SearchQuery(BaseModel):
+    """What to look for."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    q: Annotated[str, StringConstraints(min_length=1, max_length=2000)]
+    k: Annotated[int, Field(ge=1, le=50)] = 8
+
+
+class PassageOut(BaseModel):
+    """A passage: `text` is the document's text[start:end], in code points.
+
+    Scores compare passages of one answer only; the greater the better.
+    """
+
+    document_id: int
+    start: int
+    end: int
+    text: str
+    score: float
+
+
+class SearchOut(BaseModel):
+    """The passages that match, the best first."""
+
+    query: str
+    passages: list[PassageOut]
+
+
+def _day(text: Any) -> date:
+    if not isinstance(text, str) or not _DAY.fullmatch(text):
+        raise ValueError("write a day as YYYY-MM-DD")
+    return date.fromisoformat(text)
+
+
+Day = Annotated[date, BeforeValidator(_day)]
+
+
+class UsageQuery(BaseModel):
+    """Which usage, and what it is added up by; days are in UTC, and `to` belongs to them."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    first: Annotated[Day | None, Field(alias="from")] = None
+    last: Annotated[Day | None, Field(alias="to")] = None
+    group_by: Literal["request", "user", "model", "day"] = "day"
+    user_id: Id | None = None
+    limit: Annotated[int, Field(ge=1, le=100)] = 50
+    cursor: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,2000}$")] | None = None
+
+
+class UsageItem(BaseModel):
+    """Usage of a group; what its entries need not agree in is null.
+
+    `estimated` says that some of the tokens were counted here; `cost` is in the currency of the
+    prices, to the billionth.
+    """
+
+    user_id: int | None
+    model: str | None
+    provider: str | None
+    day: date | None
+    status: Literal["success", "error", "partial", "client_closed"] | None
+    requests: int
+    input_tokens: int
+    output_tokens: int
+    estimated: bool
+    cost: float
+
+
+class UsageList(BaseModel):
+    """A page of usage."""
+
+    items: list[UsageItem]
+    next_cursor: str | None
 
 
 class KeptError(BaseModel):

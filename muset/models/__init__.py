@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from sqlalchemy import BigInteger, ForeignKey, LargeBinary, MetaData, Text, UniqueConstraint
+from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 __all__ = ["Base", "Document", "Key", "Passage", "Preferences", "Usage", "User"]
@@ -22,13 +22,20 @@ class Base(DeclarativeBase):
 
 
 class User(Base):
-    """Somebody whose keys and documents these are."""
+    """Somebody whose keys and documents these are.
+
+    The row of a user who was deleted stays, without address and name: an id is never given again,
+    so that nobody gets to see the usage of somebody before them.
+    """
 
     __tablename__ = "users"
 
     id: Mapped[int] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime]
+    name: Mapped[str] = mapped_column(server_default="")
+    version: Mapped[int] = mapped_column(server_default="1")
+    deleted_at: Mapped[datetime | None]
 
 
 class Key(Base):
@@ -98,6 +105,7 @@ class Usage(Base):
     """
 
     __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_user_id_day", "user_id", "day"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
     user_id: Mapped[int]

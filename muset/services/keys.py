@@ -2,19 +2,18 @@
 
 import hashlib
 import hmac
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 
 from flask_muset.errors import AuthenticationError, NotFoundError, ValidationError
 from muset.ports import KeyRecord, KeyStore, Principal, Role
+from muset.services.fields import clean_email
 
 __all__ = ["KeyService"]
 
 _PREFIX = "msk_"
 _PREFIX_LENGTH = 8
-_EMAIL = re.compile(r"[^@\s]{1,64}@[^@\s]{1,255}")
 #: Longer credentials are refused before they are hashed.
 _MAX_KEY_LENGTH = 256
 
@@ -46,6 +45,9 @@ class KeyService:
         Raises:
             ValidationError: The address is none, or the lifetime is not positive.
         """
+        return self._make(clean_email(email, "user"), role, lifetime)
+
+    def _make(self, email: str, role: Role, lifetime: timedelta | None) -> str:
         key = _PREFIX + secrets.token_urlsafe(32)
         self._add(key, email, role, lifetime)
         return key
@@ -59,6 +61,7 @@ class KeyService:
                 next start makes another one.
         """
         key = _PREFIX + secrets.token_urlsafe(32)
+        email = clean_email(email, "user")
         record = self._add(key, email, Role.ADMIN, None, only_first=True)
         if record is None:
             return None
@@ -72,7 +75,7 @@ class KeyService:
     def install(self, key: str, email: str) -> None:
         """Make sure that a given admin key holds; a second call changes nothing."""
         if not any(record.digest == _digest(key) for record in self._found(key)):
-            self._add(key, email, Role.ADMIN, None)
+            self._add(key, clean_email(email, "user"), Role.ADMIN, None)
 
     def _add(
         self,
@@ -83,7 +86,6 @@ class KeyService:
         *,
         only_first: bool = False,
     ) -> KeyRecord | None:
-        self._check_email(email)
         if lifetime is not None and lifetime <= timedelta():
             raise ValidationError("a key must be valid for some time.", field="expires")
         return self._store.create(
@@ -94,10 +96,6 @@ class KeyService:
             expires_at=None if lifetime is None else self._now() + lifetime,
             only_first=only_first,
         )
-
-    def _check_email(self, email: str) -> None:
-        if not _EMAIL.fullmatch(email):
-            raise ValidationError(f"{email!r} is not an e-mail address.", field="user")
 
     def _found(self, key: str) -> Sequence[KeyRecord]:
         return self._store.find(key[len(_PREFIX) :][:_PREFIX_LENGTH])
@@ -140,8 +138,7 @@ class KeyService:
         Raises:
             ValidationError: The address is none.
         """
-        self._check_email(email)
-        return self._store.user_id(email)
+        return self._store.user_id(clean_email(email, "user"))
 
     def revoke(self, key_id: int) -> None:
         """Withdraw a key.
@@ -163,4 +160,5 @@ class KeyService:
             raise NotFoundError(f"no key has the id {key_id}", resource_type="key")
         self.revoke(key_id)
         left = None if old.expires_at is None else old.expires_at - old.created_at
-        return self.create(old.email, old.role, left)
+        # The address as it is: it may be one from before there was one form of them.
+        return self._make(old.email, old.role, left)
