@@ -113,14 +113,30 @@ def _url(*schemes: str) -> Callable[[str], str]:
     return parse
 
 
+_POSTGRESQL = re.compile(r"postgresql(\+psycopg)?://")
+
+
 def _database_url(text: str) -> str:
     # A relative path would mean another file in another working directory.
-    if not text.startswith("sqlite:////") or text.endswith("/"):
+    if text.startswith("sqlite:////") and not text.endswith("/"):
+        return text
+    if not (_POSTGRESQL.match(text) and _is_complete(text)):
         raise ValueError(
             "the URL of an SQLite file with an absolute path, such as "
-            "sqlite:////var/lib/muset/muset.db"
+            "sqlite:////var/lib/muset/muset.db, or of a PostgreSQL database, such as "
+            "postgresql://muset:password@db.example.org:5432/muset (what is not a letter or a "
+            "digit in a password is written as % and two hexadecimal digits)"
         )
-    return text
+    return _POSTGRESQL.sub("postgresql+psycopg://", text, count=1)
+
+
+def _is_complete(text: str) -> bool:
+    """Whether a URL has a readable port, if any, and the name of a database."""
+    parts = urlsplit(text)
+    try:
+        return parts.port != 0 and re.fullmatch(r"/[^/]+", parts.path) is not None
+    except ValueError:
+        return False
 
 
 def _admin_key(text: str) -> str:
@@ -219,6 +235,12 @@ SETTINGS: tuple[Setting, ...] = (
         secret=True,
     ),
     Setting(
+        "DATABASE_POOL_SIZE",
+        8,
+        _integer(1, 1000),
+        "Connections to PostgreSQL of one worker process.",
+    ),
+    Setting(
         "MUSET_ADMIN_KEY", None, _admin_key, "An admin key that the start installs.", secret=True
     ),
     Setting(
@@ -285,6 +307,11 @@ class Settings:
     def database_url(self) -> str:
         """URL of the database."""
         return str(self.values["DATABASE_URL"] or f"sqlite:///{self.data_dir / 'muset.db'}")
+
+    @property
+    def database_pool_size(self) -> int:
+        """Connections to PostgreSQL of one worker process."""
+        return int(self.values["DATABASE_POOL_SIZE"])
 
     @property
     def admin_key(self) -> str | None:
@@ -370,11 +397,21 @@ class Settings:
         if isinstance(value, tuple):
             return ",".join(value) or "(none)"
         if setting.secret:
-            parts = urlsplit(str(value))
-            if not parts.scheme or parts.username or parts.password:
-                host = f"{HIDDEN}@{parts.hostname}" if parts.hostname else ""
-                return urlunsplit(parts._replace(netloc=host)) if parts.scheme else HIDDEN
+            return _without_secrets(str(value))
         return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _without_secrets(value: str) -> str:
+    """A URL without its user, password and options; of anything else nothing."""
+    parts = urlsplit(value)
+    if not parts.scheme or value.count("@") != parts.netloc.count("@"):
+        # No URL, or one whose password is not written as it should be and ends up anywhere.
+        return HIDDEN
+    _, at, host = parts.netloc.rpartition("@")
+    shown = parts._replace(
+        netloc=f"{HIDDEN}@{host}" if at else host, query=HIDDEN if parts.query else ""
+    )
+    return urlunsplit(shown)
 
 
 def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]:

@@ -187,7 +187,8 @@ def _term(word: str) -> str:
 
 def terms(text: str) -> list[str]:
     """The terms of a text in order, as the full-text index makes them."""
-    return [_term(word) for word in _WORD.findall(text)]
+    # A mark that stands alone leaves nothing.
+    return [term for word in _WORD.findall(text) if (term := _term(word))]
 
 
 def question_terms(question: str) -> list[str]:
