@@ -63,7 +63,8 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
             entries = [f"{e['field']}: {e['message']}" for e in error.errors if e["field"]]
             return _fail("; ".join(entries) or error.message or error.user_message)
         except SQLAlchemyError as error:
-            return _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
+            reason = str(getattr(error, "orig", None) or error)
+            return _fail(f"the database refused: {' '.join(reason.split())}")
         except CommandError as error:
             return _fail(
                 f"the schema of the database is unknown here ({error}); run the newer Muset that "
@@ -85,6 +86,7 @@ def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     services = make_services(settings, Resilience())
+    click.get_current_context().call_on_close(services.database.close)
     # Else nothing is written: the service may have the database locked.
     if not services.database.read(migrations.is_newest):
         services.database.write(migrations.upgrade)

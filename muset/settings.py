@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 __all__ = ["SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
 
@@ -401,17 +401,17 @@ class Settings:
         return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+#: An @ anywhere else is of a password that is not written as it should be.
+_URL = re.compile(r"([a-z+]+://)([^/?#@]*@)?([^?#@]*)(\?[^#@]*)?")
+
+
 def _without_secrets(value: str) -> str:
     """A URL without its user, password and options; of anything else nothing."""
-    parts = urlsplit(value)
-    if not parts.scheme or value.count("@") != parts.netloc.count("@"):
-        # No URL, or one whose password is not written as it should be and ends up anywhere.
+    match = _URL.fullmatch(value)
+    if match is None:
         return HIDDEN
-    _, at, host = parts.netloc.rpartition("@")
-    shown = parts._replace(
-        netloc=f"{HIDDEN}@{host}" if at else host, query=HIDDEN if parts.query else ""
-    )
-    return urlunsplit(shown)
+    scheme, user, place, options = match.groups()
+    return scheme + (f"{HIDDEN}@" if user else "") + place + (f"?{HIDDEN}" if options else "")
 
 
 def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]:

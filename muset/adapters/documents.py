@@ -6,11 +6,11 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, select
+from sqlalchemy import Connection, delete, select
 
 from muset.adapters.database import Database, compute, insert_if_new
-from muset.adapters.passages import Index, NewPassage, count
-from muset.models import Corpus, Passage
+from muset.adapters.passages import Index
+from muset.models import Corpus
 from muset.models import Document as Table
 from muset.ports import Document, Retrieval
 
@@ -69,17 +69,10 @@ class SqlDocumentStore:
                 row = connection.execute(same).one_or_none()
                 if row is not None:
                     return _document(row), False
-            self._index_new(connection, document_id, passages)
+            self._index.add(connection, document_id, passages)
             return _document(connection.execute(same).one()), True
 
         return self._database.write(work)
-
-    def _index_new(
-        self, connection: Connection, document_id: int, passages: Sequence[NewPassage]
-    ) -> None:
-        self._index.add(connection, document_id, passages)
-        characters = sum(passage.end - passage.start for passage in passages)
-        count(connection, passages=len(passages), characters=characters)
 
     def get(self, document_id: int) -> Document | None:
         """One document with its text."""
@@ -104,11 +97,6 @@ class SqlDocumentStore:
             there = select(Table.id).where(Table.id == document_id).with_for_update()
             if connection.execute(there).first() is None:
                 return False
-            size = select(func.count(), func.coalesce(func.sum(Passage.end - Passage.start), 0))
-            passages, characters = connection.execute(
-                size.where(Passage.document_id == document_id)
-            ).one()
-            count(connection, passages=-passages, characters=-characters)
             self._index.remove(connection, document_id)
             connection.execute(delete(Table).where(Table.id == document_id))
             return True

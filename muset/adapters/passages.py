@@ -10,13 +10,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, func, select, update
 
-from muset.models import Corpus
+from muset.models import Corpus, Passage
 from muset.ports import Retrieval, ScoredPassage
 from muset.services.text import question_terms, split_passages, terms
 
-__all__ = ["Index", "NewPassage", "Plan", "Statistics", "count", "cut", "find", "statistics"]
+__all__ = [
+    "Index",
+    "NewPassage",
+    "Plan",
+    "Statistics",
+    "count_in",
+    "count_out",
+    "cut",
+    "find",
+    "statistics",
+]
 
 #: Words of one question; more make it slower and not clearer.
 _MAX_WORDS = 64
@@ -91,11 +101,11 @@ class Index(Protocol):
         ...
 
     def add(self, connection: Connection, document_id: int, passages: Sequence[NewPassage]) -> None:
-        """Store and index the passages of a new document."""
+        """Store, index and count the passages of a new document."""
         ...
 
     def remove(self, connection: Connection, document_id: int) -> None:
-        """Forget what goes with the passages of a document, which are deleted after this."""
+        """Count the passages of a document out, which are deleted after this."""
         ...
 
     def search(
@@ -117,17 +127,31 @@ def cut(text: str) -> list[NewPassage]:
     return [NewPassage(s.start, s.end, text[s.start : s.end]) for s in split_passages(text)]
 
 
-def count(connection: Connection, *, passages: int, characters: int) -> None:
-    """Note what has come (or gone, below zero); gives the corpus a version that is new for ever.
+def count_in(connection: Connection, passages: Sequence[NewPassage]) -> None:
+    """Count what a new document brings; see `_change`."""
+    _change(connection, len(passages), sum(p.end - p.start for p in passages))
 
-    Whoever does this keeps all others who want to waiting until its transaction ends.
+
+def count_out(connection: Connection, document_id: int) -> None:
+    """Count what goes with a document, while it is still there; see `_change`."""
+    size = select(func.count(), func.coalesce(func.sum(Passage.end - Passage.start), 0))
+    passages, characters = connection.execute(size.where(Passage.document_id == document_id)).one()
+    _change(connection, -passages, -characters)
+
+
+def _change(connection: Connection, passages: int, characters: int) -> None:
+    """Give the corpus its new size, and a version that is new for ever.
+
+    Whoever does this keeps all others who want to waiting until its transaction ends, so it comes
+    late, and before anything else that they share.
     """
-    change = update(Corpus).values(
-        version=Corpus.version + 1,
-        passages=Corpus.passages + passages,
-        characters=Corpus.characters + characters,
+    connection.execute(
+        update(Corpus).values(
+            version=Corpus.version + 1,
+            passages=Corpus.passages + passages,
+            characters=Corpus.characters + characters,
+        )
     )
-    connection.execute(change)
 
 
 def statistics(connection: Connection, frequencies: Mapping[str, int]) -> Statistics:

@@ -10,7 +10,16 @@ from typing import Any
 
 from sqlalchemy import Connection, text
 
-from muset.adapters.passages import NewPassage, Plan, Statistics, cut, find, statistics
+from muset.adapters.passages import (
+    NewPassage,
+    Plan,
+    Statistics,
+    count_in,
+    count_out,
+    cut,
+    find,
+    statistics,
+)
 from muset.ports import Retrieval
 from muset.services.text import terms
 
@@ -29,11 +38,11 @@ FROM unnest(CAST(:starts AS int[]), CAST(:ends AS int[]), CAST(:texts AS text[])
             CAST(:terms AS text[])) WITH ORDINALITY AS new (start, stop, text, terms, number)
 ORDER BY new.number
 """)
-#: In one order, though whoever does this holds the corpus anyway.
+#: Whoever does this holds the corpus, so nobody else does.
 _COUNT = """
 INSERT INTO terms AS known (term, passages)
 SELECT found.lexeme, {sign}count(*) FROM passages, unnest(passages.terms) AS found
-WHERE passages.document_id = :document_id GROUP BY found.lexeme ORDER BY found.lexeme
+WHERE passages.document_id = :document_id GROUP BY found.lexeme
 ON CONFLICT (term) DO UPDATE SET passages = known.passages + excluded.passages
 """
 _COUNT_UP, _COUNT_DOWN = text(_COUNT.format(sign="")), text(_COUNT.format(sign="-"))
@@ -60,7 +69,7 @@ class PostgresqlIndex:
         return [NewPassage(p.start, p.end, p.text, terms(p.text)) for p in cut(text)]
 
     def add(self, connection: Connection, document_id: int, passages: Sequence[NewPassage]) -> None:
-        """Store and index the passages of a new document."""
+        """Store, index and count the passages of a new document."""
         for first in range(0, len(passages), _BATCH):
             batch = passages[first : first + _BATCH]
             values = {
@@ -71,10 +80,12 @@ class PostgresqlIndex:
                 "terms": [_vector(p.terms or ()) for p in batch],
             }
             connection.execute(_ADD, values)
+        count_in(connection, passages)
         connection.execute(_COUNT_UP, {"document_id": document_id})
 
     def remove(self, connection: Connection, document_id: int) -> None:
-        """Count the terms of its passages down, which are deleted after this."""
+        """Count the passages of a document out, which are deleted after this."""
+        count_out(connection, document_id)
         connection.execute(_COUNT_DOWN, {"document_id": document_id})
         connection.execute(_FORGET, {"document_id": document_id})
 

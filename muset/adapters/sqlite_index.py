@@ -6,7 +6,16 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, insert, text
 
-from muset.adapters.passages import NewPassage, Plan, Statistics, cut, find, statistics
+from muset.adapters.passages import (
+    NewPassage,
+    Plan,
+    Statistics,
+    count_in,
+    count_out,
+    cut,
+    find,
+    statistics,
+)
 from muset.models import Passage
 from muset.ports import Retrieval
 
@@ -35,7 +44,7 @@ class SqliteIndex:
         return cut(text)
 
     def add(self, connection: Connection, document_id: int, passages: Sequence[NewPassage]) -> None:
-        """Store and index the passages of a new document."""
+        """Store, index and count the passages of a new document."""
         for first in range(0, len(passages), _BATCH):
             connection.execute(
                 insert(Passage),
@@ -44,9 +53,11 @@ class SqliteIndex:
                     for p in passages[first : first + _BATCH]
                 ],
             )
+        count_in(connection, passages)
 
     def remove(self, connection: Connection, document_id: int) -> None:
-        """A trigger does it when they are deleted."""
+        """Count the passages of a document out, which are deleted after this."""
+        count_out(connection, document_id)
 
     def search(
         self, connection: Connection, question: str, *, k: int, document_ids: Sequence[int] | None

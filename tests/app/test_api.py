@@ -91,14 +91,12 @@ def test_bad_documents(client, member, kwargs, status):
     assert answer.json["category"] == "validation"
 
 
-def test_too_large(settings, services, member):
+def test_too_large(environ, services, member):
     """A text above the limit is 413 and names the limit."""
     from muset.app import create_app
     from muset.settings import load_settings
 
-    small = load_settings(
-        {"MUSET_DATA_DIR": str(settings.data_dir), "MUSET_MAX_DOCUMENT_BYTES": "2048"}
-    )
+    small = load_settings(environ | {"MUSET_MAX_DOCUMENT_BYTES": "2048"})
     app = create_app(small)
     client = app.test_client()
     for size in (2049, 1_000_000):
@@ -268,6 +266,7 @@ def test_passages_and_sentences_of_any_text(text):
         assert "".join(covered.split()) == "".join(text.split())
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_terms_are_those_of_the_index(services, client, member):
     """Our stems equal FTS5's on the words of the test documents."""
     from pathlib import Path

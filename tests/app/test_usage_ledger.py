@@ -1,15 +1,16 @@
 """The ledger: one entry for each question, whatever has become of it."""
 
 import datetime
-import sqlite3
 import threading
-from contextlib import closing
 from dataclasses import replace
+
+from sqlalchemy import select, text
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import NetworkError
 from flask_muset.testing import virtual_clock
+from muset.models import Usage
 from muset.ports import Asker
 
 ASK = {"question": "How many eggs does the queen lay a day?"}
@@ -21,10 +22,14 @@ def ledger(app, *, flushed=True):
     if flushed:
         with app.app_context():
             assert cache_manager.flush(timeout=10)
-    path = app.extensions["muset"].database._url.removeprefix("sqlite:///")
-    with closing(sqlite3.connect(path)) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute("SELECT * FROM usage ORDER BY rowid")]
+    database = app.extensions["muset"].database
+
+    def read(connection):
+        place = "rowid" if connection.dialect.name == "sqlite" else "ctid"
+        query = select(Usage.__table__).order_by(text(place))
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+    return database.read(read)
 
 
 def ask(client, who, **headers):
