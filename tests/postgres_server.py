@@ -94,19 +94,21 @@ class PostgresServer:
         if not self._durable:
             options |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        with (self.folder / "log.txt").open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._programs / "postgres", "-D", "data", "-h", "127.0.0.1",
-                 "-p", str(self.port), "-k", "", *words],
-                cwd=self.folder, stdout=log, stderr=log, **self._as,
-            )  # fmt: skip
+        command = [self._programs / "postgres", "-D", "data", "-h", "127.0.0.1",
+                   "-p", str(self.port), "-k", "", *words]  # fmt: skip
         for _ in range(600):
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._begin(command)
             with contextlib.suppress(psycopg.OperationalError):
                 psycopg.connect(self.url(), connect_timeout=5).close()
                 return self
-            assert self._process.poll() is None, (self.folder / "log.txt").read_text()
             time.sleep(0.05)
-        raise AssertionError("PostgreSQL does not answer")
+        raise AssertionError((self.folder / "log.txt").read_text())
+
+    def _begin(self, command):
+        """Of one that was killed others may still live, and keep the next from starting."""
+        with (self.folder / "log.txt").open("ab") as log:
+            return subprocess.Popen(command, cwd=self.folder, stdout=log, stderr=log, **self._as)
 
     def execute(self, statement, database="postgres"):
         """Run one statement outside of a transaction; gives the rows, if any."""

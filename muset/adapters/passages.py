@@ -14,7 +14,7 @@ from sqlalchemy import Connection, func, select, update
 
 from muset.models import Corpus, Passage
 from muset.ports import Retrieval, ScoredPassage
-from muset.services.text import question_terms, split_passages, terms
+from muset.services.text import question_terms, split_passages, term_counter, terms
 
 __all__ = [
     "Index",
@@ -32,7 +32,7 @@ __all__ = [
 _MAX_WORDS = 64
 #: Passages that BM25 is computed for.
 _POOL = 48
-#: Entries of lists that are read for one question, unless fewer passages than the pool are found.
+#: Entries of lists that are read for one question, unless too few passages are found.
 _MAX_ENTRIES = 2_000
 #: Of BM25, the usual values (Robertson and Zaragoza, 2009).
 _K1, _B = 1.2, 0.75
@@ -198,7 +198,7 @@ def find(
             )
         )
 
-    chosen = _choose(rarest, known, limit)
+    chosen = _choose(rarest, known, k)
     rows = found(chosen)
     if len(rows) < k and len(chosen) < len(rarest):
         rows = found(rarest)
@@ -218,6 +218,7 @@ def _choose(rarest: Sequence[str], known: Statistics, enough: int) -> Sequence[s
 def _ranked(
     rows: Sequence[Any], weights: Mapping[str, float], average_length: float
 ) -> tuple[ScoredPassage, ...]:
+    count = term_counter(weights)
     found = [
         ScoredPassage(
             row.document_id,
@@ -225,7 +226,7 @@ def _ranked(
             row.start,
             row.end,
             row.text,
-            _score(row.text, weights, len(row.text) / average_length),
+            _score(count(row.text), weights, len(row.text) / average_length),
         )
         for row in rows
     ]
@@ -233,11 +234,13 @@ def _ranked(
     return tuple(found)
 
 
-def _score(text: str, weights: Mapping[str, float], length: float) -> float:
-    """BM25 of a passage; its length as a multiple of the average."""
-    own = terms(text)
-    score = 0.0
-    for term, weight in weights.items():
-        times = own.count(term)
-        score += weight * times * (_K1 + 1) / (times + _K1 * (1 - _B + _B * length))
-    return score
+def _score(times: Mapping[str, int], weights: Mapping[str, float], length: float) -> float:
+    """BM25 of a passage, of which is known how often each term is in it.
+
+    Args:
+        times: Of the terms that are in it.
+        weights: Of all terms.
+        length: Of the passage, as a multiple of the average.
+    """
+    damping = _K1 * (1 - _B + _B * length)
+    return sum(weights[term] * n * (_K1 + 1) / (n + damping) for term, n in times.items())

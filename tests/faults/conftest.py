@@ -17,9 +17,15 @@ ROOT = Path(__file__).parents[2]
 
 
 class Service:
-    """`muset serve` in a process group of its own."""
+    """`muset serve` in a process group of its own.
 
-    def __init__(self, data_dir):
+    Args:
+        data_dir: Where it keeps what it keeps, and its output.
+        **environ: Further variables.
+    """
+
+    def __init__(self, data_dir, **environ):
+        self._environ = environ
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = data_dir
@@ -35,6 +41,7 @@ class Service:
             "PORT": str(self.port),
             "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
             "METRICS_PORT": "0",
+            **self._environ,
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "muset.cli", "serve"],
