@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 the documents do not answer the question.
 """
 
+import atexit
 import json
 import os
 import re
@@ -317,11 +318,11 @@ def _app() -> Iterator[Services]:
     # The port of the metrics is the service's, and this is one process.
     alone = {"ENABLE_METRICS": False, "WEB_CONCURRENCY": 1}
     app = create_app(replace(settings, values={**settings.values, **alone}))
+    services: Services = app.extensions["muset"]
+    # Writers go on until the process ends, and what was registered first is called last.
+    atexit.register(services.database.close)
     with app.app_context():
-        try:
-            yield app.extensions["muset"]
-        finally:
-            app.extensions["muset"].database.close()
+        yield services
 
 
 @main.group()

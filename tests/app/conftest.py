@@ -8,6 +8,7 @@ import pytest
 from postgres_server import PostgresServer
 
 from flask_muset import Resilience
+from flask_muset.cache_strategies import cache_manager
 from muset import migrations
 from muset.app import create_app, make_services
 from muset.ports import Role
@@ -71,10 +72,22 @@ def services(settings):
 
 
 @pytest.fixture
-def app(settings, services):
+def end():
+    """Ends an app, so that nothing of it writes to a database that is gone, in the next test."""
+
+    def end(app):
+        with app.app_context():
+            cache_manager._cache().behind.drain.close(0.5)
+        app.extensions["muset"].database.close()
+
+    return end
+
+
+@pytest.fixture
+def app(settings, services, end):
     app = create_app(settings)
     yield app
-    app.extensions["muset"].database.close()
+    end(app)
 
 
 @pytest.fixture

@@ -96,7 +96,7 @@ def test_bad_documents(client, member, kwargs, status):
     assert answer.json["category"] == "validation"
 
 
-def test_too_large(environ, services, member):
+def test_too_large(environ, services, member, end):
     """A text above the limit is 413 and names the limit."""
     from muset.app import create_app
     from muset.settings import load_settings
@@ -107,7 +107,7 @@ def test_too_large(environ, services, member):
     for size in (2049, 1_000_000):
         answer = put(client, member, text="x" * size)
         assert answer.status_code == 413
-    app.extensions["muset"].database.close()
+    end(app)
 
 
 def test_bad_questions(client, member):

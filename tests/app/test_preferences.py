@@ -194,7 +194,7 @@ def test_nothing_is_opened_before_the_first_request(app, settings, client, membe
     assert settings.journal_path.exists()
 
 
-def test_several_workers_without_redis_read_their_writes(services, environ, member, me):
+def test_several_workers_without_redis_read_their_writes(services, environ, member, me, end):
     """Nothing is cached there, so what waits is read from the journal, in each of them."""
     apps = [create_app(load_settings(environ | {"WEB_CONCURRENCY": "2"})) for _ in range(2)]
     clients = [app.test_client() for app in apps]
@@ -206,4 +206,4 @@ def test_several_workers_without_redis_read_their_writes(services, environ, memb
     flush(apps[0])
     assert list(rows(services).values()) == [{"n": 19}]
     for app in apps:
-        app.extensions["muset"].database.close()
+        end(app)

@@ -24,7 +24,7 @@ def clock():
 
 
 @pytest.fixture
-def make(environ):
+def make(environ, end):
     """Make the service with some variables; gives the app, a client and a member's headers."""
     apps = []
 
@@ -40,7 +40,7 @@ def make(environ):
 
     yield make
     for app in apps:
-        app.extensions["muset"].database.close()
+        end(app)
 
 
 class Provider:

@@ -9,6 +9,8 @@ from sqlalchemy import text
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
 from flask_muset.testing import virtual_clock
+from muset import cli
+from muset.app import create_app
 from muset.cli import main
 
 LETTERS = "/api/v1/admin/cache/dead-letters"
@@ -51,11 +53,21 @@ def give_up(app, client, services, admin, store):
 
 
 @pytest.fixture
-def run(environ):
+def run(environ, end, monkeypatch):
+    """Runs a command in this process, and ends the apps that it has made when the test is over."""
+    made = []
+
+    def make(settings):
+        made.append(create_app(settings))
+        return made[-1]
+
     def run(*args):
         return CliRunner().invoke(main, args, env=environ)
 
-    return run
+    monkeypatch.setattr(cli, "create_app", make)
+    yield run
+    for app in made:
+        end(app)
 
 
 def flush(app):
