@@ -1,6 +1,7 @@
 """Documents in the database."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -44,6 +45,9 @@ class SqlDocumentStore:
     def __init__(self, database: Database, index: Index) -> None:
         self._database = database
         self._index = index
+        #: One text at a time: more would take the native threads, of which there are few, and be no
+        #: quicker.
+        self._turn = threading.Lock()
 
     def add(self, *, user_id: int, title: str, text: str) -> tuple[Document, bool]:
         """Store and index in one transaction; a text that this user has stays as it is."""
@@ -52,7 +56,8 @@ class SqlDocumentStore:
         known = self._database.read(lambda c: c.execute(same).one_or_none())
         if known is not None:
             return _document(known), False
-        passages = compute(partial(self._index.prepare, text))
+        with self._turn:
+            passages = compute(partial(self._index.prepare, text))
         values = {
             "user_id": user_id,
             "title": title,

@@ -43,13 +43,13 @@ class NewPassage:
     """A passage that is to be stored; offsets in code points.
 
     Attributes:
-        terms: Its terms in order; None where the database makes them itself.
+        vector: Its terms as the database takes them; None where that makes them itself.
     """
 
     start: int
     end: int
     text: str
-    terms: Sequence[str] | None = None
+    vector: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from psycopg.pq import TransactionStatus
-from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine
+from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, make_url
 from sqlalchemy.exc import DBAPIError
 
 from flask_muset.deadline import deadline
@@ -30,7 +30,8 @@ _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
 #: A COMMIT that is not answered for so long never will be.
 _COMMIT_S = 5.0
-_CONNECT = {
+#: What holds unless the URL says something else.
+_CONNECT: dict[str, Any] = {
     "connect_timeout": 5,
     # A host that is gone answers nothing, not even that it is gone.
     "tcp_user_timeout": 10_000,
@@ -68,7 +69,7 @@ class Database:
         self._pool_size = pool_size
         self._pid = 0
         self._engine: Engine | None = None
-        self._probe = SharedProbe(self._look)
+        self._probe = SharedProbe(lambda: None)
 
     def _open(self) -> Engine:
         if self._engine is None or self._pid != os.getpid():
@@ -80,15 +81,16 @@ class Database:
             )
             if self._instrument is not None:
                 self._instrument(engine)
-            self._probe = SharedProbe(self._look)
+            self._probe = SharedProbe(partial(_look, self._make_engine(poolclass=NullPool)))
             self._engine, self._pid = engine, os.getpid()
         return self._engine
 
     def _make_engine(self, **options: Any) -> Engine:
+        url = make_url(self._url)
         return create_engine(
-            self._url,
+            url,
             isolation_level="AUTOCOMMIT",
-            connect_args=_CONNECT,
+            connect_args={name: _CONNECT[name] for name in _CONNECT.keys() - url.query.keys()},
             use_native_hstore=False,
             # Texts of users have no place in errors, which go to the log and to dead letters.
             hide_parameters=True,
@@ -103,9 +105,14 @@ class Database:
             guarded: False passes the policy by.
         """
         if not guarded:
-            return self._transaction(work, _READ)
-        result: T = self._policy.call(self._transaction, work, _READ)
+            return self._read(work)
+        result: T = self._policy.call(self._read, work)
         return result
+
+    def _read(self, work: Callable[[Connection], T]) -> T:
+        # There is nothing to keep; the transaction ends when the connection is given back.
+        with self._begun(_READ) as connection:
+            return work(connection)
 
     def write(self, work: Callable[[Connection], T]) -> T:
         """Run `work` in a transaction of its own, kept whole or not at all.
@@ -114,14 +121,13 @@ class Database:
             OutcomeUnknownError: The connection broke while it was being kept. It is not repeated
                 here; the stores' units may be, by whoever knows what they were for.
         """
-        result: T = self._policy.call(self._transaction, work, _WRITE)
+        result: T = self._policy.call(self._write, work)
         return result
 
-    def _transaction(self, work: Callable[[Connection], T], begin: str) -> T:
-        deadline.check()
-        # What ends without a COMMIT is rolled back when the connection is given back, or closed
-        # where it was cut off within a statement.
-        with self._begun(begin) as connection:
+    def _write(self, work: Callable[[Connection], T]) -> T:
+        # What ends without a COMMIT is rolled back when the connection is given back; one that was
+        # cut off within a statement is closed.
+        with self._begun(_WRITE) as connection:
             result = work(connection)
             deadline.check()
             _commit(connection)
@@ -134,6 +140,7 @@ class Database:
         pool then forgets all that are as old.
         """
         engine = self._open()
+        deadline.check()
         try:
             return _begin(engine, begin)
         except DBAPIError as error:
@@ -155,16 +162,16 @@ class Database:
         self._open()
         self._probe.check(timeout_s)
 
-    def _look(self) -> None:
-        engine = self._make_engine(poolclass=NullPool)
-        with deadline(_COMMIT_S), engine.connect() as connection:
-            connection.exec_driver_sql("SELECT 1")
-
     def close(self) -> None:
         """Close the connections of this process."""
         if self._engine is not None and self._pid == os.getpid():
             self._engine.dispose()
             self._engine = None
+
+
+def _look(engine: Engine) -> None:
+    with deadline(_COMMIT_S), engine.connect() as connection:
+        connection.exec_driver_sql("SELECT 1")
 
 
 def _begin(engine: Engine, begin: str) -> Connection:

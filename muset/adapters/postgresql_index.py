@@ -5,6 +5,7 @@ would make others of hyphens, paths and numbers. How rare each is stands in a ta
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -66,7 +67,7 @@ class PostgresqlIndex:
 
     def prepare(self, text: str) -> Sequence[NewPassage]:
         """Cut a text into passages and those into terms; only computes."""
-        return [NewPassage(p.start, p.end, p.text, terms(p.text)) for p in cut(text)]
+        return [replace(p, vector=_vector(terms(p.text))) for p in cut(text)]
 
     def add(self, connection: Connection, document_id: int, passages: Sequence[NewPassage]) -> None:
         """Store, index and count the passages of a new document."""
@@ -77,7 +78,7 @@ class PostgresqlIndex:
                 "starts": [p.start for p in batch],
                 "ends": [p.end for p in batch],
                 "texts": [p.text for p in batch],
-                "terms": [_vector(p.terms or ()) for p in batch],
+                "terms": [p.vector for p in batch],
             }
             connection.execute(_ADD, values)
         count_in(connection, passages)

@@ -196,6 +196,14 @@ def socket_without_listener():
         return probe.getsockname()[1]
 
 
+def test_options_of_the_url_hold(make, postgres_url):
+    """They win over what is set here."""
+    query = text("SELECT current_setting('application_name') AS name, current_setting('work_mem')")
+    plain, chosen = make(), make(f"{postgres_url}?application_name=other&options=-cwork_mem%3D1MB")
+    assert plain.read(lambda c: c.execute(query).one().name) == "muset"
+    assert tuple(chosen.read(lambda c: c.execute(query).one())) == ("other", "1MB")
+
+
 def test_a_full_pool_says_that_the_service_is_busy(make, monkeypatch):
     """503 with Retry-After, and no failure of the database's."""
     monkeypatch.setattr(postgresql, "_POOL_WAIT_S", 0.1)
