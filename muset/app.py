@@ -30,14 +30,18 @@ from flask_muset.resilience import (
     RetryStrategy,
     Timeout,
 )
+from muset.adapters import postgresql, sqlite
 from muset.adapters.cache import JournalProbe, NoCache
-from muset.adapters.documents import SqliteDocumentStore
+from muset.adapters.database import Database, is_outage, may_repeat
+from muset.adapters.documents import SqlDocumentStore
 from muset.adapters.extraction.process import ProcessExtractor
-from muset.adapters.keys import SqliteKeyStore
-from muset.adapters.preferences import SqlitePreferenceStore
+from muset.adapters.keys import SqlKeyStore
+from muset.adapters.passages import Index
+from muset.adapters.postgresql_index import PostgresqlIndex
+from muset.adapters.preferences import SqlPreferenceStore
 from muset.adapters.redis import RedisProbe
-from muset.adapters.sqlite import Database, is_outage
-from muset.adapters.usage import SqliteUsageStore
+from muset.adapters.sqlite_index import SqliteIndex
+from muset.adapters.usage import SqlUsageStore
 from muset.adapters.usage_sums import UsageSumStore
 from muset.adapters.users import UserStore
 from muset.blueprints import admin, ask, auth, documents, health, openapi, search, usage, users
@@ -107,13 +111,13 @@ def make_services(
         providers: Models that answer, in order; without any the documents answer themselves.
         times: Of streams; None for the usual ones.
     """
-    database = Database(settings.database_url, _database_policy(resilience), instrument)
-    store = SqliteDocumentStore(database)
+    database, index = _database(settings, _database_policy(resilience), instrument)
+    store = SqlDocumentStore(database, index)
     cache = NoCache() if cache is None else cache
-    usage = UsageService(SqliteUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside)
+    usage = UsageService(SqlUsageStore(database), cache, lambda: SYSTEM.wall(), run_beside)
     return Services(
         database=database,
-        keys=KeyService(SqliteKeyStore(database)),
+        keys=KeyService(SqlKeyStore(database)),
         documents=DocumentService(store, cache, settings.max_document_bytes),
         ask=AskService(
             store,
@@ -132,7 +136,7 @@ def make_services(
         users=UserService(UserStore(database), cache),
         search=SearchService(store, cache),
         usage=UsageReport(UsageSumStore(database), cache, SYSTEM),
-        preferences=PreferenceService(SqlitePreferenceStore(database), cache),
+        preferences=PreferenceService(SqlPreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),
         probes=(database, *probes),
     )
@@ -177,8 +181,19 @@ def _within(app: Flask, instrument: Callable[[Any], None], made: Any) -> None:
         instrument(made)
 
 
+def _database(
+    settings: Settings, policy: Policy, instrument: Callable[[Engine], None] | None
+) -> tuple[Database, Index]:
+    """The database that DATABASE_URL names, and its index over passages."""
+    url = settings.database_url
+    if url.startswith("sqlite:"):
+        return sqlite.Database(url, policy, instrument), SqliteIndex()
+    size = settings.database_pool_size
+    return postgresql.Database(url, policy, instrument, pool_size=size), PostgresqlIndex()
+
+
 def _database_policy(resilience: Resilience) -> Policy:
-    """Wait for locks in short steps, and stop asking a database that is away.
+    """Wait for locks and a restart in short steps, and stop asking a database that is away.
 
     What the database refuses for any other reason is the statement's fault: tried again it would be
     refused again, and it says nothing about the next one.
@@ -189,13 +204,14 @@ def _database_policy(resilience: Resilience) -> Policy:
             max_retries=10,
             initial_delay=0.05,
             max_delay=0.5,
-            retry_on=is_outage,
+            retry_on=may_repeat,
             budget=RetryBudget(ratio=0.2, floor=5.0),
         ),
         CircuitBreaker(
             "database",
             failure_threshold=50,
-            recovery_timeout=5.0,
+            # A probe is one connection at most, so it may come soon.
+            recovery_timeout=2.0,
             ignore=lambda error: not is_outage(error),
         ),
     )

@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 wrong usage or settings, 3 the documents do not answer the question.
 """
 
+import atexit
 import json
 import os
 import re
@@ -72,7 +73,8 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except MusetError as error:
             return _fail(_reason(error))
         except SQLAlchemyError as error:
-            return _fail(f"the database refused: {getattr(error, 'orig', None) or error}")
+            reason = str(getattr(error, "orig", None) or error)
+            return _fail(f"the database refused: {' '.join(reason.split())}")
         except CommandError as error:
             return _fail(
                 f"the schema of the database is unknown here ({error}); run the newer Muset that "
@@ -94,6 +96,7 @@ def _open(settings: Settings) -> Services:
     """The services on a database that has the newest schema."""
     settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     services = make_services(settings, Resilience(), providers=load_providers(settings))
+    click.get_current_context().call_on_close(services.database.close)
     # Else nothing is written: the service may have the database locked.
     if not services.database.read(migrations.is_newest):
         services.database.write(migrations.upgrade)
@@ -338,11 +341,11 @@ def _app() -> Iterator[Services]:
     # The port of the metrics is the service's, and this is one process.
     alone = {"ENABLE_METRICS": False, "WEB_CONCURRENCY": 1}
     app = create_app(replace(settings, values={**settings.values, **alone}))
+    services: Services = app.extensions["muset"]
+    # Writers go on until the process ends, and what was registered first is called last.
+    atexit.register(services.database.close)
     with app.app_context():
-        try:
-            yield app.extensions["muset"]
-        finally:
-            app.extensions["muset"].database.close()
+        yield services
 
 
 @main.group()

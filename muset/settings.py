@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 __all__ = ["HIDDEN", "SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
 
@@ -113,14 +113,30 @@ def _url(*schemes: str) -> Callable[[str], str]:
     return parse
 
 
+_POSTGRESQL = re.compile(r"postgresql(\+psycopg)?://")
+
+
 def _database_url(text: str) -> str:
     # A relative path would mean another file in another working directory.
-    if not text.startswith("sqlite:////") or text.endswith("/"):
+    if text.startswith("sqlite:////") and not text.endswith("/"):
+        return text
+    if not (_POSTGRESQL.match(text) and _is_complete(text)):
         raise ValueError(
             "the URL of an SQLite file with an absolute path, such as "
-            "sqlite:////var/lib/muset/muset.db"
+            "sqlite:////var/lib/muset/muset.db, or of a PostgreSQL database, such as "
+            "postgresql://muset:password@db.example.org:5432/muset (what is not a letter or a "
+            "digit in a password is written as % and two hexadecimal digits)"
         )
-    return text
+    return _POSTGRESQL.sub("postgresql+psycopg://", text, count=1)
+
+
+def _is_complete(text: str) -> bool:
+    """Whether a URL has a readable port, if any, and the name of a database."""
+    parts = urlsplit(text)
+    try:
+        return parts.port != 0 and re.fullmatch(r"/[^/]+", parts.path) is not None
+    except ValueError:
+        return False
 
 
 def _absolute_path(text: str) -> str:
@@ -226,6 +242,12 @@ SETTINGS: tuple[Setting, ...] = (
         secret=True,
     ),
     Setting(
+        "DATABASE_POOL_SIZE",
+        8,
+        _integer(1, 1000),
+        "Connections to PostgreSQL of one worker process.",
+    ),
+    Setting(
         "MUSET_ADMIN_KEY", None, _admin_key, "An admin key that the start installs.", secret=True
     ),
     Setting(
@@ -314,6 +336,11 @@ class Settings:
     def database_url(self) -> str:
         """URL of the database."""
         return str(self.values["DATABASE_URL"] or f"sqlite:///{self.data_dir / 'muset.db'}")
+
+    @property
+    def database_pool_size(self) -> int:
+        """Connections to PostgreSQL of one worker process."""
+        return int(self.values["DATABASE_POOL_SIZE"])
 
     @property
     def admin_key(self) -> str | None:
@@ -427,13 +454,22 @@ class Settings:
             return "(unset)"
         if isinstance(value, tuple):
             return ",".join(value) or "(none)"
-        if "://" in str(value):
-            parts = urlsplit(str(value))
-            if parts.username or parts.password:
-                return urlunsplit(parts._replace(netloc=f"{HIDDEN}@{parts.hostname}"))
-        elif setting.secret:
-            return HIDDEN
+        if setting.secret or "://" in str(value):
+            return _without_secrets(str(value))
         return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+#: An @ anywhere else is of a password that is not written as it should be.
+_URL = re.compile(r"([a-z+]+://)([^/?#@]*@)?([^?#@]*)(\?[^#@]*)?")
+
+
+def _without_secrets(value: str) -> str:
+    """A URL without its user, password and options; of anything else nothing."""
+    match = _URL.fullmatch(value)
+    if match is None:
+        return HIDDEN
+    scheme, user, place, options = match.groups()
+    return scheme + (f"{HIDDEN}@" if user else "") + place + (f"?{HIDDEN}" if options else "")
 
 
 def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]:

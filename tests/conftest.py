@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # Helpers that need nothing but the extensions, for all tests.
-sys.path.insert(0, str(Path(__file__).parent / "ext"))
+sys.path[:0] = [str(Path(__file__).parent / "ext"), str(Path(__file__).parent)]
 
 _FIGURES = pytest.StashKey[list[str]]()
 _ROWS = pytest.StashKey[dict[str, tuple[str, str, str]]]()

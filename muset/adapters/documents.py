@@ -1,29 +1,21 @@
 """Documents in the database."""
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
-from sqlalchemy import (
-    Connection,
-    Integer,
-    Select,
-    column,
-    delete,
-    func,
-    insert,
-    select,
-    table,
-    update,
-)
+from sqlalchemy import Connection, delete, select
 
-from muset.adapters.sqlite import Database
-from muset.adapters.sqlite_search import index_passages, search_passages
+from muset.adapters.database import Database, compute, insert_if_new
+from muset.adapters.passages import Index
+from muset.models import Corpus
 from muset.models import Document as Table
 from muset.ports import Document, Retrieval
 
-__all__ = ["SqliteDocumentStore"]
+__all__ = ["SqlDocumentStore"]
 
 _SUMMARY = (
     Table.id,
@@ -42,36 +34,47 @@ def _document(row: Any) -> Document:
     return Document(**values)
 
 
-class SqliteDocumentStore:
-    """Implements `muset.ports.DocumentStore`."""
+class SqlDocumentStore:
+    """Implements `muset.ports.DocumentStore`.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: Where they are.
+        index: Of their passages, in the same database.
+    """
+
+    def __init__(self, database: Database, index: Index) -> None:
         self._database = database
+        self._index = index
+        #: One text at a time: more would take the native threads, of which there are few, and be no
+        #: quicker.
+        self._turn = threading.Lock()
 
     def add(self, *, user_id: int, title: str, text: str) -> tuple[Document, bool]:
         """Store and index in one transaction; a text that this user has stays as it is."""
+        sha256 = compute(lambda: hashlib.sha256(text.encode()).hexdigest())
+        same = select(*_SUMMARY).where(Table.user_id == user_id, Table.sha256 == sha256)
+        known = self._database.read(lambda c: c.execute(same).one_or_none())
+        if known is not None:
+            return _document(known), False
+        with self._turn:
+            passages = compute(partial(self._index.prepare, text))
+        values = {
+            "user_id": user_id,
+            "title": title,
+            "sha256": sha256,
+            "characters": len(text),
+            "passages": len(passages),
+            "text": text,
+            "created_at": datetime.now(UTC).replace(tzinfo=None),
+        }
 
         def work(connection: Connection) -> tuple[Document, bool]:
-            sha256 = hashlib.sha256(text.encode()).hexdigest()
-            same = select(*_SUMMARY).where(Table.user_id == user_id, Table.sha256 == sha256)
-            known = connection.execute(same).one_or_none()
-            if known is not None:
-                return _document(known), False
-            values = {
-                "user_id": user_id,
-                "title": title,
-                "sha256": sha256,
-                "characters": len(text),
-                "passages": 0,
-                "text": text,
-                "created_at": datetime.now(UTC).replace(tzinfo=None),
-            }
-            connection.execute(insert(Table).values(values))
-            document_id = connection.execute(same).one().id
-            passages = index_passages(connection, document_id, text)
-            connection.execute(
-                update(Table).where(Table.id == document_id).values(passages=passages)
-            )
+            while (document_id := insert_if_new(connection, Table, values)) is None:
+                # Somebody has put it in meanwhile; it may be gone again.
+                row = connection.execute(same).one_or_none()
+                if row is not None:
+                    return _document(row), False
+            self._index.add(connection, document_id, passages)
             return _document(connection.execute(same).one()), True
 
         return self._database.write(work)
@@ -94,20 +97,20 @@ class SqliteDocumentStore:
 
     def delete(self, document_id: int) -> bool:
         """Forget a document and its passages; False if there is none."""
-        change = delete(Table).where(Table.id == document_id)
-        return self._database.write(lambda c: c.execute(change).rowcount == 1)
+
+        def work(connection: Connection) -> bool:
+            there = select(Table.id).where(Table.id == document_id).with_for_update()
+            if connection.execute(there).first() is None:
+                return False
+            self._index.remove(connection, document_id)
+            connection.execute(delete(Table).where(Table.id == document_id))
+            return True
+
+        return self._database.write(work)
 
     def version(self) -> str:
-        """The last id that was given and the number of documents.
-
-        Each document that comes raises the one for ever, and each that goes lowers the other.
-        """
-        sequence: Select[tuple[int]] = select(column("seq", Integer))
-        sequence = sequence.select_from(table("sqlite_sequence"))
-        last = sequence.where(column("name") == Table.__tablename__).scalar_subquery()
-        query = select(func.coalesce(last, 0), func.count(Table.id))
-        last_id, count = self._database.read(lambda c: c.execute(query).one())
-        return f"{last_id}.{count}"
+        """A number that grows with each document that comes or goes."""
+        return str(self._database.read(lambda c: c.execute(select(Corpus.version)).scalar_one()))
 
     def existing(self, document_ids: Sequence[int]) -> frozenset[int]:
         """Those of the ids that exist."""
@@ -119,5 +122,5 @@ class SqliteDocumentStore:
     ) -> Retrieval:
         """The k best passages; any text is a legal question."""
         return self._database.read(
-            lambda c: search_passages(c, question, k=k, document_ids=document_ids)
+            lambda c: self._index.search(c, question, k=k, document_ids=document_ids)
         )

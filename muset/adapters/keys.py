@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, insert, select, update
+from sqlalchemy import Connection, Select, select, update
 
-from muset.adapters.sqlite import Database
+from muset.adapters.database import Database, insert_if_new
 from muset.models import Key, User
 from muset.ports import KeyRecord, Role
 
-__all__ = ["SqliteKeyStore"]
+__all__ = ["SqlKeyStore"]
 
 
 def _utc(moment: datetime | None) -> datetime | None:
@@ -18,7 +18,7 @@ def _utc(moment: datetime | None) -> datetime | None:
 
 
 def _naive(moment: datetime | None) -> datetime | None:
-    """SQLite has no time zones; what is stored is UTC."""
+    """The columns have no time zone; what is stored is UTC."""
     return None if moment is None else moment.astimezone(UTC).replace(tzinfo=None)
 
 
@@ -54,14 +54,21 @@ def _record(row: Any) -> KeyRecord:
 
 def user_id_of(connection: Connection, email: str) -> int:
     """The id of a user, made if the address is new."""
-    found = connection.execute(select(User.id).where(User.email == email)).scalar_one_or_none()
+    find = select(User.id).where(User.email == email)
+    found = connection.execute(find).scalar_one_or_none()
     if found is not None:
         return found
     values = {"email": email, "created_at": _naive(datetime.now(UTC))}
-    return connection.execute(insert(User).values(values).returning(User.id)).scalar_one()
+    made = insert_if_new(connection, User, values)
+    return connection.execute(find).scalar_one() if made is None else made
 
 
-class SqliteKeyStore:
+def _has_key(connection: Connection) -> bool:
+    holding = select(Key.id).where(Key.revoked_at.is_(None)).limit(1)
+    return connection.execute(holding).first() is not None
+
+
+class SqlKeyStore:
     """Implements `muset.ports.KeyStore`."""
 
     def __init__(self, database: Database) -> None:
@@ -77,21 +84,29 @@ class SqliteKeyStore:
         expires_at: datetime | None,
         only_first: bool = False,
     ) -> KeyRecord | None:
-        """Store a key, and its user if the address is new; None if it should be the first."""
+        """Store a key, and its user if the address is new; None if it should be the first.
+
+        A key that is there already stays as it is: several processes may install the same.
+        """
 
         def work(connection: Connection) -> KeyRecord | None:
-            holding = select(Key.id).where(Key.revoked_at.is_(None)).limit(1)
-            if only_first and connection.execute(holding).first() is not None:
+            if only_first and _has_key(connection):
                 return None
+            user_id = user_id_of(connection, email)
+            if only_first:
+                # Another process may be doing the same; one waits here for the other.
+                connection.execute(select(User.id).where(User.id == user_id).with_for_update())
+                if _has_key(connection):
+                    return None
             values = {
-                "user_id": user_id_of(connection, email),
+                "user_id": user_id,
                 "role": role.value,
                 "prefix": prefix,
                 "digest": digest,
                 "created_at": _naive(datetime.now(UTC)),
                 "expires_at": _naive(expires_at),
             }
-            connection.execute(insert(Key).values(values))
+            insert_if_new(connection, Key, values)
             return _record(connection.execute(_query().where(Key.digest == digest)).one())
 
         return self._database.write(work)

@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import select, text
 
-from muset.adapters.sqlite import Database
+from muset.adapters.database import Database
 from muset.models import Preferences, User
 
-__all__ = ["SqlitePreferenceStore"]
+__all__ = ["SqlPreferenceStore"]
 
 #: As SQLite and PostgreSQL both know it.
 _PUT = text(
@@ -19,7 +19,7 @@ _PUT = text(
 )
 
 
-class SqlitePreferenceStore:
+class SqlPreferenceStore:
     """Implements `muset.ports.PreferenceStore`."""
 
     def __init__(self, database: Database) -> None:

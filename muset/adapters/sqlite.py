@@ -17,27 +17,20 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import QueuePool
 
-from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
-from flask_muset.errors import DatabaseError
 from flask_muset.locks import is_patched
-from flask_muset.translate import translate
+from muset.adapters.database import SharedProbe, finish, outcome
 from muset.ports import CallPolicy
 
-__all__ = ["Database", "is_outage"]
+__all__ = ["Database"]
 
 T = TypeVar("T")
 
 _CONNECTIONS = 8
 _POOL_WAIT_S = 5.0
-_PROBE_HOLDS_S = 1.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
-
-
-#: An interrupt does nothing between two statements, so it is repeated until the work has ended.
-_CANCEL_AGAIN_S = 0.02
 
 
 class _Unit:
@@ -62,12 +55,6 @@ class _Unit:
             raise sqlite3.OperationalError("interrupted")
 
 
-def is_outage(error: BaseException) -> bool:
-    """Whether the database could not be used just now, locked, full of work or away."""
-    known = translate(error, {})
-    return isinstance(known, DatabaseError) and known.unavailable
-
-
 #: Runs work that blocks; the second is called until the work has ended if it is cut off.
 Run = Callable[[Callable[[], Any], Callable[[], None]], Any]
 
@@ -83,37 +70,10 @@ def _runner() -> Run:
     from gevent import get_hub
 
     def run(work: Callable[[], T], cancel: Callable[[], None]) -> T:
-        task = get_hub().threadpool.spawn(_outcome, work)
-        try:
-            kind, value = task.get()
-        except BaseException:
-            # Cut off by a timeout: the thread still uses the connection, so end its work and wait
-            # for that before somebody else may have it.
-            _wait_for_end(task, cancel)
-            raise
-        if kind:
-            return value  # type: ignore[no-any-return]
-        raise value
+        done: T = finish(get_hub().threadpool.spawn(outcome, work), cancel)
+        return done
 
     return run
-
-
-def _wait_for_end(task: Any, cancel: Callable[[], None]) -> None:
-    """Wait without an end of our own; whatever else cuts in, the first reason is raised."""
-    while not task.ready():
-        try:
-            cancel()
-            task.wait(_CANCEL_AGAIN_S)
-        except BaseException:  # noqa: BLE001, S112 - the first one is raised when the thread ends
-            continue
-
-
-def _outcome(work: Callable[[], Any]) -> tuple[bool, Any]:
-    """Catch in the thread, so that gevent's hub prints no traceback of an expected error."""
-    try:
-        return True, work()
-    except BaseException as error:  # noqa: BLE001 - raised again in the greenlet
-        return False, error
 
 
 def _prepare(connection: sqlite3.Connection, _record: object) -> None:
@@ -130,10 +90,7 @@ def _prepare(connection: sqlite3.Connection, _record: object) -> None:
 
 
 class Database:
-    """Units of work on one SQLite file.
-
-    The engine is made at the first use in each process, so a preloaded app that is forked shares no
-    connection with its master.
+    """Implements `muset.adapters.database.Database` on one SQLite file.
 
     Args:
         url: `sqlite:///<path>`.
@@ -158,8 +115,7 @@ class Database:
         self._engine: Engine | None = None
         self._run: Run = _run_direct
         self._write_lock = threading.Lock()
-        self._probing: Any = None
-        self._probed_at = 0.0
+        self._shared = SharedProbe(self._look)
 
     def _open(self) -> Engine:
         if self._engine is None or self._pid != os.getpid():
@@ -178,7 +134,7 @@ class Database:
                 self._instrument(engine)
             self._run = _runner()
             self._write_lock = threading.Lock()
-            self._probing = None
+            self._shared = SharedProbe(self._look)
             self._engine, self._pid = engine, os.getpid()
         return self._engine
 
@@ -245,25 +201,10 @@ class Database:
             sqlite3.Error: It answered with an error.
         """
         self._open()
-        if self._run is _run_direct:
-            self._probe()
-            return
-        import gevent
+        self._shared.check(timeout_s)
 
-        probe = self._probing
-        if probe is None or (probe.ready() and SYSTEM.now() >= self._probed_at + _PROBE_HOLDS_S):
-            probe = self._probing = gevent.spawn(_outcome, self._probe_in_thread)
-        if not probe.ready() and not gevent.wait([probe], timeout=timeout_s):
-            raise TimeoutError(f"the database did not answer within {timeout_s} s")
-        is_well, found = probe.value
-        if not is_well:
-            raise found
-
-    def _probe_in_thread(self) -> None:
-        try:
-            self._run(self._probe, lambda: None)
-        finally:
-            self._probed_at = SYSTEM.now()
+    def _look(self) -> None:
+        self._run(self._probe, lambda: None)
 
     def _probe(self) -> None:
         path = make_url(self._url).database

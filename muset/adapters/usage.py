@@ -6,10 +6,10 @@ from typing import Any
 
 from sqlalchemy import text
 
-from muset.adapters.sqlite import Database
+from muset.adapters.database import Database
 from muset.ports import UsageEntry
 
-__all__ = ["SqliteUsageStore"]
+__all__ = ["SqlUsageStore"]
 
 _NAMES = [field.name for field in fields(UsageEntry)]
 #: As SQLite and PostgreSQL both know it.
@@ -19,7 +19,7 @@ _ADD = text(
 )
 
 
-class SqliteUsageStore:
+class SqlUsageStore:
     """Implements `muset.ports.UsageStore`."""
 
     def __init__(self, database: Database) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Select, case, func, select, tuple_
 
-from muset.adapters.sqlite import Database
+from muset.adapters.database import Database
 from muset.models import Usage
 from muset.ports import UsageGroup, UsageSum
 

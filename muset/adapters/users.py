@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select, text, update
 
 from flask_muset.errors import ConflictError
-from muset.adapters.sqlite import Database
+from muset.adapters.database import Database
 from muset.models import Key
 from muset.models import User as Table
 from muset.ports import User

@@ -1,11 +1,24 @@
-"""The tables. The full-text index over the passages stands in the migration: it is SQLite's own."""
+"""The tables. Each database has a full-text index of its own, which stands in the migrations."""
 
 from datetime import datetime
+from typing import Annotated
 
-from sqlalchemy import BigInteger, ForeignKey, Index, LargeBinary, MetaData, Text, UniqueConstraint
+from sqlalchemy import (
+    BigInteger,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["Base", "Document", "Key", "Passage", "Preferences", "Usage", "User"]
+__all__ = ["Base", "Corpus", "Document", "Key", "Passage", "Preferences", "Usage", "User"]
+
+#: Only what SQLite calls INTEGER is given out by itself there, and has 64 bits.
+BigId = Annotated[int, mapped_column(BigInteger().with_variant(Integer, "sqlite"))]
 
 
 class Base(DeclarativeBase):
@@ -30,7 +43,7 @@ class User(Base):
 
     __tablename__ = "users"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
+    id: Mapped[BigId] = mapped_column(primary_key=True)
     email: Mapped[str] = mapped_column(unique=True)
     created_at: Mapped[datetime]
     name: Mapped[str] = mapped_column(server_default="")
@@ -43,8 +56,8 @@ class Key(Base):
 
     __tablename__ = "keys"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    id: Mapped[BigId] = mapped_column(primary_key=True)
+    user_id: Mapped[BigId] = mapped_column(ForeignKey("users.id"))
     role: Mapped[str]
     prefix: Mapped[str] = mapped_column(index=True)
     digest: Mapped[bytes] = mapped_column(LargeBinary(32), unique=True)
@@ -59,8 +72,8 @@ class Document(Base):
     __tablename__ = "documents"
     __table_args__ = (UniqueConstraint("user_id", "sha256"), {"sqlite_autoincrement": True})
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    user_id: Mapped[int] = mapped_column(ForeignKey("users.id"))
+    id: Mapped[BigId] = mapped_column(primary_key=True)
+    user_id: Mapped[BigId] = mapped_column(ForeignKey("users.id"))
     title: Mapped[str]
     sha256: Mapped[str]
     characters: Mapped[int]
@@ -74,13 +87,24 @@ class Passage(Base):
 
     __tablename__ = "passages"
 
-    id: Mapped[int] = mapped_column(primary_key=True)
-    document_id: Mapped[int] = mapped_column(
+    id: Mapped[BigId] = mapped_column(primary_key=True)
+    document_id: Mapped[BigId] = mapped_column(
         ForeignKey("documents.id", ondelete="CASCADE"), index=True
     )
     start: Mapped[int]
     end: Mapped[int]
     text: Mapped[str] = mapped_column(Text)
+
+
+class Corpus(Base):
+    """One row about all passages; `version` grows with every document that comes or goes."""
+
+    __tablename__ = "corpus"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    version: Mapped[int] = mapped_column(BigInteger)
+    passages: Mapped[int] = mapped_column(BigInteger)
+    characters: Mapped[int] = mapped_column(BigInteger)
 
 
 class Preferences(Base):
@@ -91,7 +115,7 @@ class Preferences(Base):
 
     __tablename__ = "preferences"
 
-    user_id: Mapped[int] = mapped_column(
+    user_id: Mapped[BigId] = mapped_column(
         ForeignKey("users.id", ondelete="CASCADE"), primary_key=True
     )
     data: Mapped[str | None] = mapped_column(Text)
@@ -108,7 +132,7 @@ class Usage(Base):
     __table_args__ = (Index("ix_usage_user_id_day", "user_id", "day"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    user_id: Mapped[int]
+    user_id: Mapped[BigId]
     request_id: Mapped[str]
     model: Mapped[str]
     provider: Mapped[str]

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import re
 import secrets
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
@@ -14,8 +15,8 @@ __all__ = ["KeyService"]
 
 _PREFIX = "msk_"
 _PREFIX_LENGTH = 8
-#: Longer credentials are refused before they are hashed.
-_MAX_KEY_LENGTH = 256
+#: Other credentials are refused before they are hashed and looked up.
+_KEY = re.compile(_PREFIX + "[!-~]{1,252}")
 
 
 def _now() -> datetime:
@@ -107,7 +108,7 @@ class KeyService:
             AuthenticationError: There is no such key, it has expired, or it was withdrawn. The
                 text does not say which.
         """
-        if not key or not key.startswith(_PREFIX) or len(key) > _MAX_KEY_LENGTH:
+        if not key or not _KEY.fullmatch(key):
             raise AuthenticationError(
                 "no key, or not one of ours",
                 user_message="Send a valid key as a bearer token in the Authorization header.",

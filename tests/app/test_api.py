@@ -14,6 +14,11 @@ from schemathesis.specs.openapi import checks as checks_of
 from muset.blueprints import openapi
 from muset.ports import Role
 
+SUFFIXES = tuple(
+    """ational tional enci anci izer bli alli entli eli ousli ization ation ator alism iveness
+    fulness ousness aliti iviti biliti icate ative iciti ical ful ance able ible ement ment ion
+    ism ate ous ive ize s es ies sses eed ed ing logi y e l""".split()  # noqa: SIM905
+)
 TEXT = "# Bees\r\n\r\nA bee colony has one queen. She lays up to 2,000 eggs a day in summer.\r\n"
 
 
@@ -98,20 +103,18 @@ def test_bad_documents(client, member, kwargs, status):
     assert answer.json["category"] == "validation"
 
 
-def test_too_large(settings, services, member):
+def test_too_large(environ, services, member, end):
     """A text above the limit is 413 and names the limit."""
     from muset.app import create_app
     from muset.settings import load_settings
 
-    small = load_settings(
-        {"MUSET_DATA_DIR": str(settings.data_dir), "MUSET_MAX_DOCUMENT_BYTES": "2048"}
-    )
+    small = load_settings(environ | {"MUSET_MAX_DOCUMENT_BYTES": "2048"})
     app = create_app(small)
     client = app.test_client()
     for size in (2049, 1_000_000):
         answer = put(client, member, text="x" * size)
         assert answer.status_code == 413
-    app.extensions["muset"].database.close()
+    end(app)
 
 
 def test_bad_questions(client, member):
@@ -297,6 +300,7 @@ def test_passages_and_sentences_of_any_text(text):
         assert "".join(covered.split()) == "".join(text.split())
 
 
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
 def test_terms_are_those_of_the_index(services, client, member):
     """Our stems equal FTS5's on the words of the test documents."""
     from pathlib import Path
@@ -313,6 +317,21 @@ def test_terms_are_those_of_the_index(services, client, member):
     )
     ours = set(terms(document))
     assert len(ours ^ vocabulary) / len(vocabulary) < 0.002, sorted(ours ^ vocabulary)[:20]
+
+
+@hypothesis.settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@hypothesis.given(st.text(max_size=200), st.lists(st.sampled_from(SUFFIXES), max_size=4))
+def test_terms_are_counted_as_they_are_made(text, suffixes):
+    """Looking at likely words alone counts every term as often as it is in the text."""
+    from collections import Counter
+
+    from muset.services.text import term_counter, terms
+
+    for whole in (text, f"_{text} Rel{''.join(suffixes)} bu{''.join(suffixes)}_a{text}"):
+        counted = Counter(terms(whole))
+        assert term_counter(counted.keys())(whole) == counted
+        for term, times in counted.items():
+            assert term_counter({term})(whole) == {term: times}
 
 
 def test_any_question_is_legal(client, member):

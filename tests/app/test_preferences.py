@@ -1,9 +1,9 @@
 """Preferences: what is accepted, by whom, and what becomes of it."""
 
 import json
-import sqlite3
 
 import pytest
+from sqlalchemy import text
 
 from flask_muset.cache_strategies import cache_manager
 from muset.app import create_app
@@ -25,8 +25,8 @@ def url(user_id):
 
 def rows(services):
     """The table, by user."""
-    with sqlite3.connect(services.database._url.removeprefix("sqlite:///")) as connection:
-        found = connection.execute("SELECT user_id, data FROM preferences").fetchall()
+    query = text("SELECT user_id, data FROM preferences")
+    found = services.database.read(lambda c: c.execute(query).all())
     return {user_id: data and json.loads(data) for user_id, data in found}
 
 
@@ -175,18 +175,14 @@ def test_without_a_journal_nothing_is_accepted(app, client, services, settings, 
     assert client.get(me, headers=member).status_code in (200, 503)
 
 
-def test_it_is_read_while_the_database_cannot_be_written(app, client, services, member, me):
+def test_it_is_read_while_the_database_cannot_be_written(
+    app, client, services, member, me, write_lock
+):
     """What is accepted is read although the cache has lost it and the database is locked."""
-    path = services.database._url.removeprefix("sqlite:///")
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
-    try:
+    with write_lock():
         assert client.put(me, json=LIKES, headers=member).status_code == 200
         assert client.get(me, headers=member).json == LIKES
         assert rows(services) == {}
-    finally:
-        other.execute("COMMIT")
-        other.close()
     flush(app)
     assert list(rows(services).values()) == [LIKES]
 
@@ -198,9 +194,8 @@ def test_nothing_is_opened_before_the_first_request(app, settings, client, membe
     assert settings.journal_path.exists()
 
 
-def test_several_workers_without_redis_read_their_writes(services, settings, member, me):
+def test_several_workers_without_redis_read_their_writes(services, environ, member, me, end):
     """Nothing is cached there, so what waits is read from the journal, in each of them."""
-    environ = {"MUSET_DATA_DIR": str(settings.data_dir), "RATE_LIMIT_REQUESTS_PER_MINUTE": "0"}
     apps = [create_app(load_settings(environ | {"WEB_CONCURRENCY": "2"})) for _ in range(2)]
     clients = [app.test_client() for app in apps]
     for number in range(20):
@@ -211,4 +206,4 @@ def test_several_workers_without_redis_read_their_writes(services, settings, mem
     flush(apps[0])
     assert list(rows(services).values()) == [{"n": 19}]
     for app in apps:
-        app.extensions["muset"].database.close()
+        end(app)

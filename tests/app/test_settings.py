@@ -42,7 +42,7 @@ def test_all_problems_at_once_with_cure_and_without_secrets():
                 "LOG_LEVEL": "LOUD",
                 "REQUEST_TIMEOUT": "nan",
                 "ENABLE_METRICS": "maybe",
-                "DATABASE_URL": "postgresql://u:hunter2@h/d",
+                "DATABASE_URL": "postgresql://u:hunter2@h:port/d",
                 "MUSET_ADMIN_KEY": "hunter2",
             }
         )
@@ -53,11 +53,51 @@ def test_all_problems_at_once_with_cure_and_without_secrets():
     assert "hunter2" not in text
 
 
-@pytest.mark.parametrize("url", ["sqlite:///muset.db", "sqlite:////tmp/", "sqlite://"])
-def test_a_database_without_an_absolute_path_is_refused(url):
-    """It would be another file in another working directory."""
+@pytest.mark.parametrize(
+    "url",
+    [
+        "sqlite:///muset.db",
+        "sqlite:////tmp/",
+        "sqlite://",
+        "mysql://h/d",
+        "postgres://h/d",
+        "postgresql+psycopg2://h/d",
+        "postgresql://h",
+        "postgresql://h/",
+        "postgresql://h:0/d",
+        "postgresql://u:a/b@h/d",
+    ],
+)
+def test_a_database_that_cannot_be_meant_is_refused(url):
+    """A relative path would be another file in another folder; of the rest a part is missing."""
     with pytest.raises(SettingsError, match=r"DATABASE_URL .* absolute path"):
         load_settings({"DATABASE_URL": url})
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql://u:hunter2@h:5/d", "postgresql+psycopg://********@h:5/d"),
+        ("postgresql+psycopg:///d?password=hunter2", "postgresql+psycopg:///d?********"),
+        ("postgresql://u@h/d", "postgresql+psycopg://********@h/d"),
+        ("sqlite:////var/muset.db", "sqlite:////var/muset.db"),
+    ],
+)
+def test_database_urls_and_how_they_are_shown(url, shown):
+    """PostgreSQL is reached through psycopg; no password is shown, wherever it stands."""
+    settings = load_settings({"DATABASE_URL": url})
+    setting = next(s for s in SETTINGS if s.name == "DATABASE_URL")
+    assert settings.database_url == url.replace("postgresql://", "postgresql+psycopg://")
+    assert settings.shown(setting) == shown
+
+
+@pytest.mark.parametrize("password", ["hunter2", "hun/ter2", "hun?ter2", "hun#ter2"])
+def test_a_password_that_is_not_written_as_it_should_be_is_not_shown(password):
+    """Not even a part of it."""
+    setting = next(s for s in SETTINGS if s.name == "REDIS_URL")
+    shown = load_settings({"REDIS_URL": f"redis://:{password}@h:1/0"}).shown(setting)
+    assert "hun" not in shown
+    assert "ter2" not in shown
 
 
 def test_secret_from_a_file(tmp_path):

@@ -1,16 +1,16 @@
 """The ledger: one entry for each question, whatever has become of it."""
 
 import datetime
-import sqlite3
 import threading
-from contextlib import closing
 
 from scripted import Scripted, put_in_place
+from sqlalchemy import select, text
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import NetworkError
 from flask_muset.testing import virtual_clock
+from muset.models import Usage
 from muset.ports import Asker, Tokens
 
 ASK = {"question": "How many eggs does the queen lay a day?"}
@@ -22,10 +22,14 @@ def ledger(app, *, flushed=True):
     if flushed:
         with app.app_context():
             assert cache_manager.flush(timeout=10)
-    path = app.extensions["muset"].database._url.removeprefix("sqlite:///")
-    with closing(sqlite3.connect(path)) as connection:
-        connection.row_factory = sqlite3.Row
-        return [dict(row) for row in connection.execute("SELECT * FROM usage ORDER BY rowid")]
+    database = app.extensions["muset"].database
+
+    def read(connection):
+        place = "rowid" if connection.dialect.name == "sqlite" else "ctid"
+        query = select(Usage.__table__).order_by(text(place))
+        return [dict(row) for row in connection.execute(query).mappings()]
+
+    return database.read(read)
 
 
 def ask(client, who, **headers):
@@ -86,7 +90,7 @@ def test_the_day_is_that_of_the_request_in_utc(app, client, member):
         first = SYSTEM.wall() // 86_400
         SYSTEM.sleep(86_400)
         ask(client, member)
-        days = [row["day"] for row in ledger(app)]
+        days = sorted(row["day"] for row in ledger(app))
     epoch = datetime.date(1970, 1, 1)
     assert [(datetime.date.fromisoformat(day) - epoch).days for day in days] == [first, first + 1]
 

@@ -1,14 +1,16 @@
 """What an operator sees and does about writes that wait, or were given up."""
 
 import json
-import sqlite3
 
 import pytest
 from click.testing import CliRunner
+from sqlalchemy import text
 
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.clock import SYSTEM
 from flask_muset.testing import virtual_clock
+from muset import cli
+from muset.app import create_app
 from muset.cli import main
 
 LETTERS = "/api/v1/admin/cache/dead-letters"
@@ -51,11 +53,21 @@ def give_up(app, client, services, admin, store):
 
 
 @pytest.fixture
-def run(settings):
-    def run(*args):
-        return CliRunner().invoke(main, args, env={"MUSET_DATA_DIR": str(settings.data_dir)})
+def run(environ, end, monkeypatch):
+    """Runs a command in this process, and ends the apps that it has made when the test is over."""
+    made = []
 
-    return run
+    def make(settings):
+        made.append(create_app(settings))
+        return made[-1]
+
+    def run(*args):
+        return CliRunner().invoke(main, args, env=environ)
+
+    monkeypatch.setattr(cli, "create_app", make)
+    yield run
+    for app in made:
+        end(app)
 
 
 def flush(app):
@@ -68,10 +80,9 @@ def settle(client, who, letter_id, **body):
 
 
 def kept(services):
-    path = services.database._url.removeprefix("sqlite:///")
-    with sqlite3.connect(path) as connection:
-        rows = connection.execute("SELECT data FROM preferences ORDER BY user_id").fetchall()
-    return [json.loads(row[0]) for row in rows]
+    query = text("SELECT data FROM preferences ORDER BY user_id")
+    rows = services.database.read(lambda c: c.execute(query).scalars().all())
+    return [json.loads(row) for row in rows]
 
 
 def test_a_dead_letter_is_listed_and_written_again(
@@ -207,20 +218,15 @@ def test_the_command_refuses_a_superseded_one(app, client, admin, run, give_up):
     assert "superseded" in refused.stderr or "newer" in refused.stderr
 
 
-def test_flush_says_what_is_left(app, client, services, admin, run):
+def test_flush_says_what_is_left(app, client, services, admin, run, write_lock):
     """Exit code 1 while the database is locked, with how much is left; then 0."""
     user_id = services.keys.user_id("a@example.org")
-    other = sqlite3.connect(services.database._url.removeprefix("sqlite:///"), isolation_level=None)
     url = f"/api/v1/users/{user_id}/preferences"
-    other.execute("BEGIN IMMEDIATE")
-    try:
+    with write_lock():
         assert client.put(url, json={"a": 1}, headers=admin).status_code == 200
         left = run("cache", "flush", "--timeout", "0.05")
         assert left.exit_code == 1
         assert left.stderr.startswith("Error: not all is written: 1 left, the oldest has waited")
-    finally:
-        other.execute("COMMIT")
-        other.close()
     assert run("cache", "flush").exit_code == 0
     assert kept(services) == [{"a": 1}]
     for bad in ("-1", "nan", "inf", "x"):

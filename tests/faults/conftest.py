@@ -17,7 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 
 class Service:
-    """`muset serve` in a process group of its own."""
+    """`muset serve` in a process group of its own.
+
+    Args:
+        data_dir: Where it keeps what it keeps, and its output.
+        **environ: Further variables.
+    """
 
     def __init__(self, data_dir, **environ):
         self.environ = environ

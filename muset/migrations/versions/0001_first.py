@@ -1,4 +1,4 @@
-"""Users, keys, documents and the index over their passages."""
+"""Users, keys, documents and SQLite's index over their passages."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -6,6 +6,7 @@ from alembic import op
 revision = "0001"
 down_revision = None
 
+_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 _FTS = (
     """CREATE VIRTUAL TABLE passages_fts USING fts5(text, content='passages', content_rowid='id',
        tokenize='porter unicode61 remove_diacritics 2')""",
@@ -21,14 +22,14 @@ _FTS = (
 def upgrade() -> None:
     op.create_table(
         "users",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", _ID, primary_key=True),
         sa.Column("email", sa.String, nullable=False, unique=True),
         sa.Column("created_at", sa.DateTime, nullable=False),
     )
     op.create_table(
         "keys",
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("user_id", sa.Integer, sa.ForeignKey("users.id"), nullable=False),
+        sa.Column("id", _ID, primary_key=True),
+        sa.Column("user_id", _ID, sa.ForeignKey("users.id"), nullable=False),
         sa.Column("role", sa.String, nullable=False),
         sa.Column("prefix", sa.String, nullable=False),
         sa.Column("digest", sa.LargeBinary(32), nullable=False, unique=True),
@@ -39,8 +40,8 @@ def upgrade() -> None:
     op.create_index("ix_keys_prefix", "keys", ["prefix"])
     op.create_table(
         "documents",
-        sa.Column("id", sa.Integer, primary_key=True),
-        sa.Column("user_id", sa.Integer, sa.ForeignKey("users.id"), nullable=False),
+        sa.Column("id", _ID, primary_key=True),
+        sa.Column("user_id", _ID, sa.ForeignKey("users.id"), nullable=False),
         sa.Column("title", sa.String, nullable=False),
         sa.Column("sha256", sa.String, nullable=False),
         sa.Column("characters", sa.Integer, nullable=False),
@@ -52,10 +53,10 @@ def upgrade() -> None:
     )
     op.create_table(
         "passages",
-        sa.Column("id", sa.Integer, primary_key=True),
+        sa.Column("id", _ID, primary_key=True),
         sa.Column(
             "document_id",
-            sa.Integer,
+            _ID,
             sa.ForeignKey("documents.id", ondelete="CASCADE"),
             nullable=False,
         ),
@@ -64,5 +65,6 @@ def upgrade() -> None:
         sa.Column("text", sa.Text, nullable=False),
     )
     op.create_index("ix_passages_document_id", "passages", ["document_id"])
-    for statement in _FTS:
-        op.execute(statement)
+    if op.get_context().dialect.name == "sqlite":
+        for statement in _FTS:
+            op.execute(statement)

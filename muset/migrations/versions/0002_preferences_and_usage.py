@@ -6,13 +6,15 @@ from alembic import op
 revision = "0002"
 down_revision = "0001"
 
+_ID = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+
 
 def upgrade() -> None:
     op.create_table(
         "preferences",
         sa.Column(
             "user_id",
-            sa.Integer,
+            _ID,
             sa.ForeignKey("users.id", ondelete="CASCADE"),
             primary_key=True,
         ),
@@ -22,7 +24,7 @@ def upgrade() -> None:
     op.create_table(
         "usage",
         sa.Column("id", sa.String, primary_key=True),
-        sa.Column("user_id", sa.Integer, nullable=False),
+        sa.Column("user_id", _ID, nullable=False),
         sa.Column("request_id", sa.String, nullable=False),
         sa.Column("model", sa.String, nullable=False),
         sa.Column("provider", sa.String, nullable=False),
