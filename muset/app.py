@@ -29,6 +29,7 @@ from flask_muset.resilience import (
     RetryBudget,
     RetryStrategy,
     Timeout,
+    sharing_state,
 )
 from muset.adapters import postgresql, sqlite
 from muset.adapters.cache import JournalProbe, NoCache
@@ -39,7 +40,7 @@ from muset.adapters.keys import SqlKeyStore
 from muset.adapters.passages import Index
 from muset.adapters.postgresql_index import PostgresqlIndex
 from muset.adapters.preferences import SqlPreferenceStore
-from muset.adapters.redis import RedisProbe
+from muset.adapters.redis import RedisProbe, StateProbe
 from muset.adapters.sqlite_index import SqliteIndex
 from muset.adapters.usage import SqlUsageStore
 from muset.adapters.usage_sums import UsageSumStore
@@ -262,7 +263,7 @@ def create_app(
     Metrics(app, authorize=auth.is_admin)
     redis = _redis(app, settings)
     ErrorHandler(app, redis=redis)
-    resilience = Resilience(rate_limit_key=auth.rate_limit_key)
+    resilience = Resilience(rate_limit_key=auth.rate_limit_key, redis=redis)
     if redis is None and settings.web_concurrency > 1:
         app.config["CACHE_STRATEGIES_ENABLED"] = False
         _log.warning(
@@ -281,7 +282,11 @@ def create_app(
         cache,
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
-        probes=[*([] if redis is None else [RedisProbe(redis)]), JournalProbe(cache.pending)],
+        probes=[
+            *([] if redis is None else [RedisProbe(redis)]),
+            StateProbe(partial(sharing_state, app), has_redis=redis is not None),
+            JournalProbe(cache.pending),
+        ],
         providers=providers,
         times=times,
     )

@@ -23,12 +23,14 @@ from urllib.request import Request, urlopen
 
 import click
 from alembic.util import CommandError
+from flask import current_app
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from flask_muset import Resilience
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.errors import MusetError
+from flask_muset.resilience import breaker_of, force, policies_of, sharing_state
 from muset import __version__, migrations
 from muset.adapters.backup import copy_database
 from muset.app import Services, create_app, make_services
@@ -346,6 +348,53 @@ def _app() -> Iterator[Services]:
     atexit.register(services.database.close)
     with app.app_context():
         yield services
+
+
+@main.group()
+def policies() -> None:
+    """Read and force circuit breakers; needs REDIS_URL, over which all workers share them."""
+
+
+def _needs_redis() -> None:
+    if load_settings().redis_url is None:
+        _fail(
+            "without REDIS_URL each process has breakers of its own; ask the service itself: GET "
+            "/api/v1/admin/policies, POST /api/v1/admin/policies/NAME.",
+        )
+
+
+@policies.command("list")
+@_guarded
+def list_policies() -> None:
+    """Print each policy that has a circuit breaker, with its state."""
+    _needs_redis()
+    with _app():
+        if sharing_state(current_app) == "local":
+            _fail("Redis does not answer, so nobody here knows the state of the workers.")
+        for name, parts in sorted(policies_of(current_app).items()):
+            breaker = breaker_of(parts)
+            if breaker is not None:
+                click.echo(f"{name}\t{breaker.state}")
+
+
+@policies.command("set")
+@click.argument("name")
+@click.argument("mode", type=click.Choice(["open", "closed", "auto"]))
+@click.option("--expires", metavar="TIME", help="How long it holds: 2h, 10m; without it for good.")
+@_guarded
+def set_policy(name: str, mode: str, expires: str | None) -> None:
+    """Force the circuit breaker of a policy in all workers; `auto` lets it decide again."""
+    _needs_redis()
+    lifetime = _lifetime(expires)
+    expires_s = None if lifetime is None else lifetime.total_seconds()
+    with _app():
+        try:
+            told = force(current_app, name, mode, expires_s)
+        except ValueError as error:
+            _fail(str(error), 2)
+        if not told:
+            _fail("Redis does not answer, nothing has changed.")
+    click.echo(f"{name} is {mode}" + (f" for {expires}." if expires else "."))
 
 
 @main.group()

@@ -686,7 +686,16 @@ class Ledger(Protocol):
 
 
 class NotReadyError(Exception):
-    """Why a dependency is not ready, in words that everybody may read."""
+    """Why a dependency is not ready, in words that everybody may read.
+
+    Args:
+        reason: The sentence.
+        word: What there is to say about it, in a word.
+    """
+
+    def __init__(self, reason: str, word: str = "failed") -> None:
+        super().__init__(reason)
+        self.word = word
 
 
 class Probe(Protocol):
@@ -700,8 +709,11 @@ class Probe(Protocol):
     name: str
     is_needed: bool
 
-    def check(self, timeout_s: float) -> None:
+    def check(self, timeout_s: float) -> str | None:
         """Return if it answers in time, else raise.
+
+        Returns:
+            What there is to say about it, in a word; None for nothing but that it is well.
 
         Raises:
             NotReadyError: It answers, and is not well.

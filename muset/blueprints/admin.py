@@ -8,7 +8,7 @@ from spectree import Response as Described
 from flask_muset.cache_strategies import cache_manager
 from flask_muset.error_handler import KeptErrors, recent_errors
 from flask_muset.errors import ConflictError, NotFoundError, ValidationError
-from flask_muset.resilience import CircuitBreaker, breaker_of, policies_of
+from flask_muset.resilience import breaker_of, force, policies_of, sharing_state
 from muset.blueprints.audit import log_change
 from muset.blueprints.auth import require_admin
 from muset.blueprints.openapi import json_body, spec
@@ -65,9 +65,10 @@ def _source(errors: KeptErrors) -> str:
 @blueprint.get("/policies")
 @spec.validate(resp=Described(HTTP_200=PolicyList), tags=["admin"])
 def list_policies() -> Response:
-    """The policies of the worker process that answers, with the state of their breakers."""
-    names = sorted(policies_of(current_app))
-    return jsonify({"items": [_policy(name) for name in names], "next_cursor": None})
+    """The policies with the states of their breakers, which all workers share over Redis."""
+    is_shared = sharing_state(current_app) == "shared"
+    items = [_policy(name, is_shared=is_shared) for name in sorted(policies_of(current_app))]
+    return jsonify({"items": items, "next_cursor": None})
 
 
 @blueprint.post("/policies/<name>")
@@ -75,21 +76,17 @@ def list_policies() -> Response:
 def change_policy(name: str) -> Response:
     """Force a policy's circuit breaker open or closed, for a while or until told otherwise.
 
-    `auto` closes it and lets it decide for itself again.
+    `auto` closes it and lets it decide for itself again. `shared` says whether the other workers
+    are told now; while Redis is away they are when it is back.
     """
-    breaker = _breaker(name)
+    _check_has_breaker(name)
     body: PolicyIn = json_body()
     if body.mode == "auto" and body.expires_s is not None:
         raise ValidationError("auto has no end; leave expires_s out", field="expires_s")
-    if body.mode == "open":
-        breaker.force_open(body.expires_s)
-    elif body.mode == "closed":
-        breaker.force_closed(body.expires_s)
-    else:
-        breaker.reset()
+    is_shared = force(current_app, name, body.mode, body.expires_s)
     how_long = "" if body.expires_s is None else f" for {body.expires_s:g} s"
     log_change(f"policy {name} set to {body.mode}{how_long}")
-    return jsonify(_policy(name))
+    return jsonify(_policy(name, is_shared=is_shared))
 
 
 @blueprint.post("/cache/invalidate")
@@ -132,26 +129,25 @@ def _dead_letters() -> DeadLetterService:
     return service
 
 
-def _policy(name: str) -> dict[str, Any]:
+def _policy(name: str, *, is_shared: bool) -> dict[str, Any]:
     parts = policies_of(current_app)[name]
     breaker = breaker_of(parts)
     shown = None if breaker is None else breaker.snapshot()
     return {
         "name": name,
+        "shared": is_shared,
         "state": "none" if shown is None else shown["state"],
         "parts": [part.kind for part in parts],
         "breaker": shown,
     }
 
 
-def _breaker(name: str) -> CircuitBreaker:
+def _check_has_breaker(name: str) -> None:
     parts = policies_of(current_app).get(name)
     if parts is None:
         raise NotFoundError(f"no policy {name!r}", resource_type="policy", details={"name": name})
-    breaker = breaker_of(parts)
-    if breaker is None:
+    if breaker_of(parts) is None:
         raise ConflictError(
             f"policy {name!r} has no circuit breaker",
             user_message="This policy has no circuit breaker that could be opened or closed.",
         )
-    return breaker

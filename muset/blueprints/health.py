@@ -29,8 +29,7 @@ def ready() -> Response:
     """Whether requests should be sent here."""
     checks, reasons, status = {}, [], "ready"
     for probe in current_app.extensions["muset"].probes:
-        complaint = _complaint_of(probe)
-        checks[probe.name] = "ok" if complaint is None else "failed"
+        checks[probe.name], complaint = _look_at(probe)
         if complaint is not None:
             reasons.append(complaint)
             status = "unavailable" if probe.is_needed or status == "unavailable" else "degraded"
@@ -49,13 +48,15 @@ def is_draining() -> bool:
     return worker is not None and bool(worker.draining())
 
 
-def _complaint_of(probe: Probe) -> str | None:
-    """What is wrong; an unexpected reason stays in the log: it may name hosts and paths."""
+def _look_at(probe: Probe) -> tuple[str, str | None]:
+    """A word about it, and what is wrong.
+
+    An unexpected reason stays in the log: it may name hosts and paths.
+    """
     try:
-        probe.check(_PROBE_TIMEOUT_S)
+        return probe.check(_PROBE_TIMEOUT_S) or "ok", None
     except NotReadyError as error:
-        return str(error)
+        return error.word, str(error)
     except Exception as error:  # noqa: BLE001 - whatever it is, the part is not ready
         current_app.logger.warning("%s is not ready: %s", probe.name, type(error).__name__)
-        return f"the {probe.name} does not answer"
-    return None
+        return "failed", f"the {probe.name} does not answer"

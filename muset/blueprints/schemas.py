@@ -325,9 +325,14 @@ class Breaker(BaseModel):
 
 
 class PolicyOut(BaseModel):
-    """A policy of the worker process that answers; without a breaker its state is `none`."""
+    """A policy; without a breaker its state is `none`.
+
+    `shared` says whether the state is the one of all workers; else it is that of the worker which
+    answers.
+    """
 
     name: str
+    shared: bool
     state: Literal["closed", "open", "half_open", "forced_open", "forced_closed", "none"]
     parts: list[str]
     breaker: Breaker | None

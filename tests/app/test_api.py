@@ -209,7 +209,7 @@ def test_health(app, client, monkeypatch):
     monkeypatch.setattr(type(app.extensions["muset"].database), "check", lambda self, s: gone(s))
     answer = client.get("/health/ready")
     assert (answer.status_code, answer.json["status"]) == (503, "unavailable")
-    assert answer.json["checks"] == {"database": "failed", "journal": "ok"}
+    assert answer.json["checks"] == {"database": "failed", "journal": "ok", "state": "local"}
 
 
 def test_docs_page_asks_no_other_host(client):

@@ -346,10 +346,9 @@ def test_refusals_are_422_that_say_why(client, member):
         assert text in entry["message"]
 
 
-def test_sizes_are_413(settings, services, member):
+def test_sizes_are_413(environ, services, member):
     """A file that is too large, and a small one whose text is."""
-    values = {"MUSET_DATA_DIR": str(settings.data_dir), "MUSET_MAX_DOCUMENT_BYTES": "4096"}
-    app = create_app(load_settings(values))
+    app = create_app(load_settings(environ | {"MUSET_MAX_DOCUMENT_BYTES": "4096"}))
     client = app.test_client()
     expected = too_large(4096).user_message
     for data in (pdf([BEES]) + bytes(4096), pdf([page("x" * 3000) * 3])):

@@ -268,8 +268,17 @@ def test_redis_is_not_needed(make, tmp_path):
     _, client, _ = make(REDIS_URL=server.url)
     answer = client.get("/health/ready")
     assert (answer.status_code, answer.json["status"]) == (200, "degraded")
-    assert answer.json["reasons"] == ["the redis does not answer", "the journal does not answer"]
-    assert answer.json["checks"] == {"database": "ok", "redis": "failed", "journal": "failed"}
+    assert answer.json["reasons"] == [
+        "the redis does not answer",
+        "the state of circuit breakers and limits is local to each worker",
+        "the journal does not answer",
+    ]
+    assert answer.json["checks"] == {
+        "database": "ok",
+        "redis": "failed",
+        "journal": "failed",
+        "state": "local",
+    }
     server.start()
     try:
         end = time.monotonic() + 10
@@ -282,4 +291,5 @@ def test_redis_is_not_needed(make, tmp_path):
     assert 'muset_redis_calls_total{client="redis",outcome="ok"}' in text
     assert 'outcome="NetworkError"' in text
     assert "muset_database_connections_used 0.0" in text
-    assert make()[1].get("/health/ready").json["checks"] == {"database": "ok", "journal": "ok"}
+    expected = {"database": "ok", "journal": "ok", "state": "local"}
+    assert make()[1].get("/health/ready").json["checks"] == expected

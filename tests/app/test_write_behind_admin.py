@@ -248,7 +248,7 @@ def test_ready_is_degraded_while_a_write_waits_for_long(app, client, services, a
             clock.advance(passed_s)
             ready = client.get("/health/ready")
             assert (ready.status_code, ready.json["status"]) == (200, status)
-        assert ready.json["checks"] == {"database": "ok", "journal": "failed"}
+        assert ready.json["checks"] == {"database": "ok", "journal": "failed", "state": "local"}
         assert ready.json["reasons"] == ["a write that was accepted has waited for more than 60 s"]
         store.put = real
         SYSTEM.sleep(120)
@@ -256,7 +256,7 @@ def test_ready_is_degraded_while_a_write_waits_for_long(app, client, services, a
         assert client.get("/health/ready").json == {
             "status": "ready",
             "reasons": [],
-            "checks": {"database": "ok", "journal": "ok"},
+            "checks": {"database": "ok", "journal": "ok", "state": "local"},
         }
     assert kept(services) == [{"a": 1}]
 
