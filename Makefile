@@ -1,13 +1,21 @@
 # Everything runs in virtual environments of this folder; nothing needs root.
 PYTHON ?= python3
 BIN := .venv/bin
+DEMO_PORT ?= 8100
 PIN := -c constraints.txt
 SOURCES := setup.cfg extensions/setup.cfg constraints.txt Makefile
 
-.PHONY: run test check bench prove clean docs generate
+.PHONY: run demo test check bench prove clean docs generate
 
 run: .venv/.run
 	@exec $(BIN)/muset serve
+
+# The service with a model that is scripted and fails now and then; the model ends with this shell.
+demo: .venv/.run
+	@$(BIN)/python -m muset.testing.upstream --port $(DEMO_PORT) --model demo --first-token 0.3 \
+	  --tokens-per-second 40 --fault rate_limited,rate=0.1,times=0 --fault cut,rate=0.05,times=0 & \
+	model=$$!; trap 'kill $$model' EXIT INT TERM; \
+	AI_BASE_URL=http://127.0.0.1:$(DEMO_PORT)/v1 AI_MODEL=demo $(BIN)/muset serve
 
 test: .venv/.test .venv-ext/.test
 	.venv-ext/bin/python -m pytest -q -n auto --dist loadfile tests/ext
