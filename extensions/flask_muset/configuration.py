@@ -3,7 +3,10 @@
 import math
 import re
 from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = [
     "ABOVE_ZERO",
@@ -14,12 +17,14 @@ __all__ = [
     "REDIS_KEYS",
     "SHARE",
     "Key",
+    "RedisSettings",
     "check",
     "flag",
     "number",
     "one_of",
     "optional",
     "read",
+    "redis_client",
     "whole",
 ]
 
@@ -149,6 +154,68 @@ REDIS_KEYS = {
         "1 to 64 letters, digits, dots, underscores or hyphens",
     ),
 }
+
+
+class RedisSettings(Protocol):
+    """What an extension is set to by `REDIS_KEYS`."""
+
+    @property
+    def redis_url(self) -> str | None:
+        """Where Redis is; None for none."""
+        ...
+
+    @property
+    def redis_max_connections(self) -> int:
+        """Calls at once."""
+        ...
+
+    @property
+    def redis_budget_s(self) -> float:
+        """Seconds that a call may take."""
+        ...
+
+    @property
+    def namespace(self) -> str:
+        """Under which the keys stand."""
+        ...
+
+
+def redis_client(
+    given: "GuardedRedis | None", config: RedisSettings, prefix: str, name: str
+) -> "GuardedRedis | None":
+    """The client of Redis that an extension was given, or one of its configuration, if any.
+
+    Args:
+        given: By the app; its keys stand under its own prefix.
+        config: Of the extension.
+        prefix: Of its keys in the app's configuration.
+        name: Of the client that is made.
+
+    Raises:
+        ValueError: The URL cannot be read, or a client was given and a namespace too.
+    """
+    if given is not None:
+        if config.namespace != REDIS_KEYS["NAMESPACE"].default:
+            raise ValueError(
+                f"{prefix}NAMESPACE: the keys of a Redis client that is given stand under its own "
+                "prefix; leave the setting out, and make the client with that prefix."
+            )
+        return given
+    if config.redis_url is None:
+        return None
+    # Only here, because it needs redis-py.
+    from flask_muset.redis import GuardedRedis
+
+    try:
+        return GuardedRedis(
+            config.redis_url,
+            name=name,
+            max_connections=config.redis_max_connections,
+            budget_s=config.redis_budget_s,
+            prefix=f"muset:{config.namespace}:",
+        )
+    except ValueError as error:
+        raise ValueError(f"{prefix}REDIS_URL: {error}") from None
 
 
 def read(

@@ -17,7 +17,7 @@ from flask_muset.cache_strategies.attempts import Attempts
 from flask_muset.cache_strategies.cache import Cache
 from flask_muset.cache_strategies.codec import Codec
 from flask_muset.cache_strategies.commands import make_commands
-from flask_muset.cache_strategies.config import KEYS, PREFIX, Config, read_config
+from flask_muset.cache_strategies.config import PREFIX, Config, read_config
 from flask_muset.cache_strategies.drain import Drain
 from flask_muset.cache_strategies.flask_caching_backend import StoreBackend
 from flask_muset.cache_strategies.journal import Journal, State
@@ -28,6 +28,7 @@ from flask_muset.cache_strategies.sqlite_journal import SqliteJournal
 from flask_muset.cache_strategies.stores import Store, Tell
 from flask_muset.cache_strategies.write_behind import WriteBehind
 from flask_muset.cache_strategies.writers import Writers
+from flask_muset.configuration import redis_client
 from flask_muset.errors import MusetError
 from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis
@@ -134,7 +135,9 @@ class CacheStrategies(CacheManager):
         for cls in self._registered:
             codec.register(cls)
         tell = partial(_tell, app)
-        redis = self._redis(config)
+        redis = None
+        if self._given_cache is None:
+            redis = redis_client(self._given_redis, config, PREFIX, "cache")
         store = self._store(app, config, redis, tell)
         behind = self._write_behind(app, config, redis, store, codec, tell)
         cache = Cache(
@@ -158,29 +161,6 @@ class CacheStrategies(CacheManager):
             app.after_request(_describe)
         app.before_request(partial(_start, behind))
         app.cli.add_command(make_commands(cache))
-
-    def _redis(self, config: Config) -> GuardedRedis | None:
-        if self._given_cache is not None:
-            return None
-        if self._given_redis is not None:
-            if config.namespace != KEYS["NAMESPACE"].default:
-                raise ValueError(
-                    f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its "
-                    "own prefix; leave the setting out, and make the client with that prefix."
-                )
-            return self._given_redis
-        if config.redis_url is None:
-            return None
-        try:
-            return GuardedRedis(
-                config.redis_url,
-                name="cache",
-                max_connections=config.redis_max_connections,
-                budget_s=config.redis_budget_s,
-                prefix=f"muset:{config.namespace}:",
-            )
-        except ValueError as error:
-            raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
 
     def _store(
         self,

@@ -15,8 +15,9 @@ from werkzeug.exceptions import HTTPException, InternalServerError
 from werkzeug.wsgi import FileWrapper
 
 from flask_muset import context
+from flask_muset.configuration import redis_client
 from flask_muset.error_handler import catalogue, render
-from flask_muset.error_handler.config import KEYS, PREFIX, Config, read_config
+from flask_muset.error_handler.config import PREFIX, Config, read_config
 from flask_muset.error_handler.fingerprint import fingerprint_of, type_name
 from flask_muset.error_handler.journal import (
     KeptErrors,
@@ -172,32 +173,13 @@ def recent_errors(app: Flask) -> KeptErrors:
 def _shared(
     config: Config, recent: RecentErrors, given: "GuardedRedis | None"
 ) -> "SharedErrors | None":
-    if given is not None and config.namespace != KEYS["NAMESPACE"].default:
-        raise ValueError(
-            f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its own "
-            "prefix; leave the setting out, and make the client with that prefix."
-        )
-    if not (config.enabled and config.keep) or (given is None and config.redis_url is None):
+    redis = redis_client(given, config, PREFIX, "errors")
+    if redis is None or not (config.enabled and config.keep):
         return None
     # Only here, because it needs redis-py.
     from flask_muset.error_handler.shared import SharedErrors
 
-    return SharedErrors(recent, given or _client(config), config.keep)
-
-
-def _client(config: Config) -> "GuardedRedis":
-    from flask_muset.redis import GuardedRedis
-
-    try:
-        return GuardedRedis(
-            str(config.redis_url),
-            name="errors",
-            max_connections=config.redis_max_connections,
-            budget_s=config.redis_budget_s,
-            prefix=f"muset:{config.namespace}:",
-        )
-    except ValueError as error:
-        raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
+    return SharedErrors(recent, redis, config.keep)
 
 
 def error_body(app: Flask, exception: Exception, environ: "WSGIEnvironment") -> str:

@@ -1,24 +1,16 @@
 """The configuration of Resilience, read and checked once."""
 
-import re
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
-from flask_muset.configuration import Key, flag, number, one_of, read, whole
+from flask_muset.configuration import REDIS_KEYS, Key, flag, number, one_of, read, whole
 from flask_muset.load import Paths
 
 __all__ = ["KEYS", "PREFIX", "Config", "read_config"]
 
 PREFIX = "RESILIENCE_"
 _MODES = ("enforce", "observe", "off")
-
-
-_is_name = re.compile(r"[A-Za-z0-9._-]{1,64}").fullmatch
-
-
-def _is_url(value: Any) -> bool:
-    return value is None or (isinstance(value, str) and "://" in value)
 
 
 def _is_paths(value: Any) -> bool:
@@ -52,14 +44,7 @@ KEYS: Mapping[str, Key] = {
     "MAX_RETRIES": whole(3, 0, 100),
     "RETRY_INITIAL_DELAY": number(1.0, 0, 3_600, zero="no wait"),
     "RETRY_MAX_DELAY": number(60.0, 0, 86_400, zero="no wait"),
-    "REDIS_URL": Key(None, _is_url, "the URL of a Redis such as redis://127.0.0.1:6379/0, or None"),
-    "REDIS_MAX_CONNECTIONS": whole(10, 1, 10_000),
-    "REDIS_BUDGET": number(0.05, 0, 60),
-    "NAMESPACE": Key(
-        "default",
-        lambda value: isinstance(value, str) and _is_name(value) is not None,
-        "1 to 64 letters, digits, dots, underscores or hyphens",
-    ),
+    **REDIS_KEYS,
     "POLICIES": Key(
         {},
         _is_policies,

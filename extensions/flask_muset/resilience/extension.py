@@ -19,12 +19,13 @@ from werkzeug.exceptions import (
 from werkzeug.local import LocalProxy
 
 from flask_muset import context
+from flask_muset.configuration import redis_client
 from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError
 from flask_muset.load import GATE, Gate
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
 from flask_muset.resilience.commands import MODES, make_commands
-from flask_muset.resilience.config import KEYS, PREFIX, Config, read_config
+from flask_muset.resilience.config import PREFIX, Config, read_config
 from flask_muset.resilience.guards import Part
 from flask_muset.resilience.policy import Policy, breaker_of
 from flask_muset.resilience.rate_limit import Hit, RateLimit, refused
@@ -230,7 +231,7 @@ class Resilience:
             ValueError: A setting is not allowed.
         """
         config = read_config(app.config)
-        redis = self._redis(config)
+        redis = redis_client(self._given_redis, config, PREFIX, "resilience")
         sharing = None if redis is None else _sharing(app, redis)
         recovery = _Recovery(config, sharing)
         state = _State(config, _retry_strategy(config, {}), recovery, redis, sharing)
@@ -249,30 +250,6 @@ class Resilience:
         if config.enabled:
             _guard_requests(app, config, self._rate_limit_key, redis)
         app.cli.add_command(_commands(app))
-
-    def _redis(self, config: Config) -> "GuardedRedis | None":
-        if self._given_redis is not None:
-            if config.namespace != KEYS["NAMESPACE"].default:
-                raise ValueError(
-                    f"{PREFIX}NAMESPACE: the keys of a Redis client that is given stand under its "
-                    "own prefix; leave the setting out, and make the client with that prefix."
-                )
-            return self._given_redis
-        if config.redis_url is None:
-            return None
-        # Only here, because it needs redis-py.
-        from flask_muset.redis import GuardedRedis
-
-        try:
-            return GuardedRedis(
-                config.redis_url,
-                name="resilience",
-                max_connections=config.redis_max_connections,
-                budget_s=config.redis_budget_s,
-                prefix=f"muset:{config.namespace}:",
-            )
-        except ValueError as error:
-            raise ValueError(f"{PREFIX}REDIS_URL: {error}") from None
 
     def _bind(self, policy: Policy) -> None:
         """Let a policy guard with the parts of its apps; a single app's are used without a look."""
