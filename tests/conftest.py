@@ -13,6 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent / "ext"), str(Path(__file__).parent)]
 _FIGURES = pytest.StashKey[list[str]]()
 _ROWS = pytest.StashKey[dict[str, tuple[str, str, str]]]()
 
+_HEAD = ["| claim | figure | | on |", "|---|---|---|---|"]
+
 
 class Prove:
     """What a test that proves a claim reports.
@@ -85,11 +87,15 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_ROWS].values()
     if not config.getoption("--prove"):
         return
-    lines = ["| claim | figure | |", "|---|---|---|"]
-    lines += [f"| {claim} | {figure} | {verdict} |" for claim, figure, verdict in rows]
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    lines = [f"| {claim} | {figure} | {verdict} | {today} |" for claim, figure, verdict in rows]
     terminalreporter.section("what holds")
-    terminalreporter.write_line("\n".join(lines))
-    today = datetime.datetime.now(datetime.UTC).date()
-    head = f"# Proof\n\n`make prove` on {today}, {os.cpu_count()} cores.\n\n"
+    terminalreporter.write_line("\n".join([*_HEAD, *lines]))
     page = Path(__file__).parents[1] / "docs" / "proof.md"
-    page.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    if config.args != ["tests"]:
+        # A part of the claims: the rows of the others stay, with their dates.
+        claims = {claim for claim, _, _ in rows}
+        old = [row for row in page.read_text(encoding="utf-8").splitlines() if row[:2] == "| "]
+        lines = [row for row in old[1:] if row[2:].split(" | ")[0] not in claims] + lines
+    text = f"# Proof\n\nThe last run of each claim by `make prove`, on {os.cpu_count()} cores.\n\n"
+    page.write_text(text + "\n".join([*_HEAD, *lines]) + "\n", encoding="utf-8")
