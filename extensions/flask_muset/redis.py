@@ -180,6 +180,11 @@ class GuardedRedis:
         link = self._link
         return 0 if link is None else link.pool.in_use
 
+    @property
+    def is_usable_here(self) -> bool:
+        """Whether this thread may use it; under gevent one alone may."""
+        return (self._link or self._begin()).is_usable_here
+
     def key(self, name: str) -> str:
         """The key of this deployment."""
         return self.prefix + name
@@ -751,6 +756,11 @@ class _Link:
 
     _lock: Any
 
+    @property
+    def is_usable_here(self) -> bool:
+        """Whether this thread has the hub that the connections belong to."""
+        return self._thread is None or self._thread == self._get_ident()
+
     def call(self, packed: Any, read: Callable[[_Call], Any], seconds: float) -> Any:
         """Send something and read what comes.
 
@@ -759,7 +769,7 @@ class _Link:
         """
         if self.state != _UP:
             raise self._refusal()
-        if self._thread is not None and self._thread != self._get_ident():
+        if not self.is_usable_here:
             raise RuntimeError(
                 f"{self.name}: this thread is not the one whose gevent hub its connections belong "
                 "to; call it there, or make a GuardedRedis in this thread."

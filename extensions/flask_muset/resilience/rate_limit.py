@@ -1,5 +1,6 @@
 """A limit on how often something happens, exact and with little to remember: GCRA."""
 
+import asyncio
 import hashlib
 import math
 from collections import OrderedDict
@@ -150,7 +151,18 @@ class RateLimit(Part):
         Raises:
             RateLimitError: The limit is reached.
         """
-        hit = self.hit()
+        self._admit(self.hit())
+
+    async def aenter(self) -> None:
+        """`enter` where asyncio runs: Redis is asked beside the loop."""
+        shared = self._shared
+        if shared is None:
+            self.enter()
+            return
+        hit = shared.lent("")
+        self._admit(await asyncio.to_thread(self.hit) if hit is None else hit)
+
+    def _admit(self, hit: Hit) -> None:
         if not hit.allowed:
             self.tell(Decision.REJECTED)
             raise refused(f"{self.name or 'a limit'}: {self.limit} in {self.period:g} s", hit)

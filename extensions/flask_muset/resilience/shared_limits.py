@@ -114,7 +114,8 @@ class SharedLimit:
         self._full_ns = burst_us * _NS_PER_US - (least - 1) * self._interval_ns
         self._lease_ns = lease_us * _NS_PER_US
         self._pause_ns = int(min(_PAUSE_S, period * _PAUSE) * _NS) if self._reserve else 0
-        self._patience_ns = int(redis.budget_s * _NS)
+        # What comes after it is a question, which has a budget of its own.
+        self._patience_ns = int(redis.budget_s * _NS / 2)
         self._prefix = redis.key(f"limit:{name}:")
         self._names = count()
         give_lock(self)
@@ -130,25 +131,39 @@ class SharedLimit:
     def hit(self, key: str) -> Hit | None:
         """Count one hit if it is within the limit.
 
-        While somebody asks for a lease the others wait for the answer, no longer than a question
-        may take.
+        While somebody asks for a lease the others wait for the answer, half as long as a question
+        may take; then each asks for itself, so that slow is not taken for away.
 
         Args:
             key: Whose limit it is.
 
         Returns:
-            What came of it; None if Redis cannot be asked. `remaining` and `reset_after` of a hit
+            What came of it; None if Redis cannot be asked: it is away, no connection was free in
+            time, or gevent has it for another thread. `remaining` and `reset_after` of a hit
             that was lent are an estimate: what Redis said when it was asked last, less what was
             spent here since; what others are lent is not in it.
         """
         now = self._clock.now_ns()
+        return self.lent(key, now) or self._find_out(key, now)
+
+    def lent(self, key: str, now: int | None = None) -> Hit | None:
+        """Count one hit without asking, if it was lent, or refuse it if that is known.
+
+        Args:
+            key: Whose limit it is.
+            now: Of the clock, in nanoseconds.
+
+        Returns:
+            What came of it; None if Redis has to be asked.
+        """
         with self._lock:
             caller = self._callers.get(key)
-            hit = None if caller is None else self._known(caller, now)
+            if caller is None:
+                return None
+            hit = self._known(caller, self._clock.now_ns() if now is None else now)
             if hit is not None:
                 self._callers.move_to_end(key)
-                return hit
-        return self._find_out(key, now)
+        return hit
 
     def _known(self, caller: _Caller, now: int) -> Hit | None:
         """What can be said without asking."""
@@ -173,6 +188,8 @@ class SharedLimit:
 
     def _find_out(self, key: str, now: int) -> Hit | None:
         """Wait for the answer to somebody's question, or ask."""
+        if not self.redis.is_usable_here:
+            return None
         give_up = now + self._patience_ns
         while True:
             with self._lock:

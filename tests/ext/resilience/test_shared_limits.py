@@ -1,5 +1,6 @@
 """Rate limits that processes share in a real Redis."""
 
+import asyncio
 import gc
 import math
 import os
@@ -68,6 +69,7 @@ class Fleet:
     """
 
     budget_s = 0.05
+    is_usable_here = True
 
     def __init__(self, redis, limit, period):
         redis.execute("FLUSHALL")
@@ -785,3 +787,44 @@ def test_redis_fails_under_load(redis_server, workers, prove):
     assert hits > 500
     assert away == [60] * len(some)
     assert (sum(before), sum(after)) == (60, 60)
+
+
+def test_another_thread_under_gevent_counts_for_itself(redis_server):
+    """Redis belongs to the hub's thread; a call in another one fails neither way."""
+    code = f"""
+result = True
+from flask_muset.redis import GuardedRedis
+from flask_muset.resilience import RateLimit
+for limit in (RateLimit(60, 60), RateLimit(60_000, 60)):
+    limit.share(GuardedRedis({redis_server.url!r}), "threads")
+    assert limit.hit("k").allowed
+    pool = gevent.get_hub().threadpool
+    assert [pool.spawn(limit.hit, "other").get().allowed for _ in range(3)] == [True] * 3
+"""
+    run_patched(code)
+
+
+def test_an_awaited_policy_asks_beside_the_loop(redis_server):
+    """While Redis does not answer, the loop goes on."""
+    limit = RateLimit(60, 60)
+    limit.share(GuardedRedis(redis_server.url, budget_s=1.0), "awaited")
+
+    async def fine():
+        return "fine"
+
+    async def look():
+        assert await limit.call(fine) == "fine"
+        redis_server.freeze()
+        asking = asyncio.ensure_future(limit.call(fine))
+        turns = 0
+        while not asking.done():
+            await asyncio.sleep(0.01)
+            turns += 1
+        return await asking, turns
+
+    try:
+        answer, turns = asyncio.run(look())
+    finally:
+        redis_server.thaw()
+    assert answer == "fine"
+    assert turns > 5
