@@ -295,6 +295,20 @@ def test_probes_are_counted_in_common(server, nodes):
     until_state("closed", a, b)
 
 
+def test_fewer_probes_may_be_permitted_than_have_succeeded(server, nodes):
+    """Who needs one success closes what another one, who needed three, has left half-open."""
+    a = nodes(server.url, half_open_calls=3)
+    half_open(a)
+    for _ in range(2):
+        a.policy.call(lambda: 1)
+    until(lambda: leases(a) == [])
+    assert a.breaker.state == "half_open"
+    b = nodes(server.url)
+    assert b.policy.call(lambda: 1) == 1
+    assert b.breaker.state == "closed"
+    until_state("closed", a)
+
+
 def test_a_probe_that_says_nothing_gives_its_place_back(server, nodes):
     """A call that is cut off lets another process probe at once."""
     a, b = nodes(server.url), nodes(server.url)
