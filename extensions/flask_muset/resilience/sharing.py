@@ -19,7 +19,7 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -233,6 +233,8 @@ class SharedBreakers:
             words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s)
             try:
                 kind, answer = self._run(_PROBE, breaker, common.version, *words)
+                if kind == b"other":
+                    stored = self._common_of(breaker.shared_name, answer)
             except MusetError as error:
                 _log.debug("the right to probe is not known: %s", error)
                 # Where the link stays up, it was this process that had too much to do.
@@ -245,7 +247,7 @@ class SharedBreakers:
                 return Lease(token, int(answer))
             if kind == b"busy":
                 return Busy(min(int(answer) / 1000, _ASK_S))
-            breaker.adopt(_common_of(answer), seen=common.version)
+            breaker.adopt(stored, seen=common.version)
             return None
         return Lease(token, None)
 
@@ -295,7 +297,7 @@ class SharedBreakers:
         *words, name = text.split(" ", 5)
         breaker = self._breakers.get(name)
         if kind == "b" and breaker is not None:
-            breaker.adopt(_common_of(words))
+            breaker.adopt(self._common_of(name, words))
 
     # --- The loop beside the calls
 
@@ -349,33 +351,50 @@ class SharedBreakers:
 
     def _try_to_exchange(self) -> None:
         try:
-            self._exchange()
+            self._do(self._exchange())
             self._is_refused = False
         except MusetError as error:
             # What puts the link in doubt the client tells of, and what was too slow is tried again.
-            if not (self._redis.state == "up" and isinstance(error, ExternalServiceError)):
+            if not self._is_refusal(error):
                 _log.debug("circuit breakers are shared later: %s", error)
             elif not self._is_refused:
                 self._is_refused = True
                 _log.warning("circuit breakers are not shared: %s", error)
 
-    def _exchange(self) -> None:
+    def _is_refusal(self, error: MusetError) -> bool:
+        """Whether Redis is there, and what one asks for or what it has stored is wrong."""
+        return self._redis.state == "up" and isinstance(error, ExternalServiceError)
+
+    def _do(self, steps: Iterable[Callable[[], object]]) -> None:
+        """Take all steps: what is refused of one breaker is raised only when the others are done.
+
+        Raises:
+            MusetError: Redis does not answer, or the last of what was refused.
+        """
+        refused = None
+        for step in steps:
+            try:
+                step()
+            except MusetError as error:
+                if not self._is_refusal(error):
+                    raise
+                refused = error
+        if refused is not None:
+            raise refused
+
+    def _exchange(self) -> Iterator[Callable[[], object]]:
         feed = self._feed
         if self._must_read or feed is None or not feed.is_linked:
-            self._read_all()
+            yield self._read_all
         for breaker in list(self._breakers.values()):
-            self._send(breaker)
+            yield partial(self._send, breaker)
         while self._ended:
-            ended = self._ended.popleft()
-            try:
-                self._end(ended)
-            except MusetError:
-                self._ended.appendleft(ended)
-                raise
+            yield self._end_next
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew_at = now + _LEASE_S / 3
-            self._renew(now)
+            for token, held in list(self._held.items()):
+                yield partial(self._renew, token, held, now)
 
     def _read_all(self) -> None:
         """Take all states that are stored, so that nothing that was missed matters any more."""
@@ -388,16 +407,22 @@ class SharedBreakers:
         self._confirmed_at = began
 
     def _read(self, breakers: Sequence[CircuitBreaker]) -> None:
+        self._do(self._reading_of(breakers))
+
+    def _reading_of(self, breakers: Sequence[CircuitBreaker]) -> Iterator[Callable[[], object]]:
         for start in range(0, len(breakers), _AT_ONCE):
             some = breakers[start : start + _AT_ONCE]
             known = [breaker.version for breaker in some]
             keys = [self._key(breaker.shared_name) for breaker in some]
             states = self._redis.script(_READ, keys)
             for breaker, seen, stored in zip(some, known, states, strict=True):
-                if stored is not None:
-                    breaker.adopt(_common_of(stored), seen=seen)
-                else:
-                    breaker.owe_anew()
+                yield partial(self._take, breaker, seen, stored)
+
+    def _take(self, breaker: CircuitBreaker, seen: int, stored: Sequence[bytes] | None) -> None:
+        if stored is not None:
+            breaker.adopt(self._common_of(breaker.shared_name, stored), seen=seen)
+        else:
+            breaker.owe_anew()
 
     def _send(self, breaker: CircuitBreaker) -> None:
         debt = breaker.debt()
@@ -414,11 +439,21 @@ class SharedBreakers:
             _ms(common.age_s),
             int(debt.insists),
         )
-        stored = _common_of(answer)
+        stored = self._common_of(breaker.shared_name, answer)
         if is_applied:
             breaker.paid(debt, stored)
         else:
             breaker.adopt(stored, seen=common.version)
+
+    def _end_next(self) -> None:
+        ended = self._ended.popleft()
+        try:
+            self._end(ended)
+        except MusetError as error:
+            # One that is refused would be again; its lease ends by itself.
+            if not self._is_refusal(error):
+                self._ended.appendleft(ended)
+            raise
 
     def _end(self, ended: _Ended) -> None:
         breaker, lease = ended.breaker, ended.lease
@@ -428,14 +463,27 @@ class SharedBreakers:
         probes = breaker.options["half_open_calls"]
         answer = self._run(_SUCCEEDED, breaker, lease.version, lease.token, probes)
         if answer is not None:
-            breaker.adopt(_common_of(answer))
+            breaker.adopt(self._common_of(breaker.shared_name, answer))
 
-    def _renew(self, now: float) -> None:
-        for token, held in list(self._held.items()):
-            lease_s = min(_LEASE_S, held.until - now)
-            key = self._key(held.breaker.shared_name)
-            if lease_s <= 0 or not self._redis.script(_RENEW, [key], [token, _ms(lease_s)]):
-                self._held.pop(token, None)
+    def _renew(self, token: str, held: _Held, now: float) -> None:
+        lease_s = min(_LEASE_S, held.until - now)
+        key = self._key(held.breaker.shared_name)
+        if lease_s <= 0 or not self._redis.script(_RENEW, [key], [token, _ms(lease_s)]):
+            self._held.pop(token, None)
+
+    def _common_of(self, name: str, words: Sequence[bytes | str]) -> Common:
+        """A state as scripts and messages tell it.
+
+        Raises:
+            ExternalServiceError: It is none.
+        """
+        try:
+            return _common_of(words)
+        except ValueError as error:
+            raise ExternalServiceError(
+                f"{self._key(name)} has no state of a circuit breaker that this version knows "
+                f"({error}); remove the key or update this process"
+            ) from error
 
     def _key(self, name: str) -> str:
         return self._redis.key(f"breaker:{name}")
@@ -469,10 +517,12 @@ def _ms(seconds: float | None) -> int:
 
 
 def _common_of(words: Sequence[bytes | str]) -> Common:
-    """A state as scripts tell it."""
+    """A state as scripts tell it; ValueError for what is none."""
     version, state, left, trips, age = (
         word.decode() if isinstance(word, bytes) else word for word in words
     )
+    if state == BreakerState.HALF_OPEN:
+        raise ValueError("half_open is open with no time left")
     return Common(
         int(version),
         BreakerState(state),

@@ -731,6 +731,37 @@ def test_a_redis_that_refuses_is_told_of_once(server, nodes, caplog):
     client.close()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("version", 5, "state", "ajar", "ends", 0, "trips", 0, "since", 0),
+        ("version", 5, "state", "half_open", "ends", 0, "trips", 0, "since", 0),
+        ("version", "five", "state", "closed", "ends", 0, "trips", 0, "since", 0),
+        ("colour", "blue"),
+    ],
+)
+def test_one_state_that_nobody_knows_stops_no_other(server, nodes, caplog, fields):
+    """What is stored for a breaker and is no state is said once, by its key; the rest goes on."""
+    client = GuardedRedis(server.url, budget_s=BUDGET_S)
+    a, b = nodes(server.url), nodes(server.url)
+    client.execute("HSET", a.key, *fields)
+    good, also_good = (node.recovery.get_circuit_breaker("good") for node in (a, b))
+    assert a.policy.call(lambda: 1) == 1
+    until(lambda: f"{a.key} has no state" in caplog.text)
+    good.force_open()
+    until(lambda: also_good.state == "forced_open")
+    # It probes by itself: nobody can be asked.
+    a.breaker._open_s = 0.05
+    trip(a)
+    until(lambda: not is_refused(a))
+    assert a.breaker.state == "closed"
+    until(lambda: caplog.text.count("are not shared") == 2)  # once by each of them
+    time.sleep(0.6)
+    assert caplog.text.count("are not shared") == 2
+    assert "Traceback" not in caplog.text
+    client.close()
+
+
 def test_without_the_feed_the_states_are_read(server, nodes, monkeypatch):
     """Where nothing can be heard, a trip is still everybody's within a second or so."""
     monkeypatch.setattr(feed.Feed, "_listen", lambda self: time.sleep(0.1))
