@@ -497,12 +497,17 @@ class CircuitBreaker(Part):
             self.is_synchronised = True
             self._choose_way()
 
+    def look_again(self) -> None:
+        """What others do is not known here any more: the next call asks."""
+        with self._lock:
+            self.is_synchronised = False
+            self._choose_way()
+
     def _forked(self) -> None:
         """The probes of the parent end there, and what others do meanwhile is not known here."""
         self._admitted = 0
         if self._sharing is not None:
-            self.is_synchronised = False
-            self._choose_way()
+            self.look_again()
 
     @property
     def version(self) -> int:

@@ -328,13 +328,33 @@ class SharedBreakers:
                 lost_level=logging.DEBUG,
             )
         except RuntimeError as error:
-            # The process ends and starts no more threads.
-            _log.debug("circuit breakers are not shared any more: %s", error)
+            # No thread can be started, now or because the process ends: the next one tries again.
+            _log.debug("circuit breakers are not shared now: %s", error)
+            self.ended(wake)
+            return False
         return True
 
     def is_run_by(self, wake: Any) -> bool:
         """Whether the loop with this event is the one of this process."""
         return self._wake is wake
+
+    def ended(self, wake: Any) -> None:
+        """The loop with this event has ended; if no other one has taken its place, one may begin.
+
+        Nobody listens until then, so the next call of each breaker asks what others have.
+        """
+        nobody = make_event()
+        with self._lock:
+            if self._wake is not wake:
+                return
+            # Whoever has seen the loop running may still wake it.
+            self._wake, self._thread = nobody, None
+            feed, self._feed = self._feed, None
+            self._confirmed_at, self._must_read = -math.inf, True
+        if feed is not None:
+            feed.close()
+        for breaker in list(self._breakers.values()):
+            breaker.look_again()
 
     def turn(self) -> None:
         """Send and read what there is."""
@@ -496,17 +516,26 @@ class SharedBreakers:
 
 def _loop(shared_of: "weakref.ref[SharedBreakers]", wake: Any) -> None:
     """Runs as long as there are the breakers, which it does not keep."""
-    while True:
+    try:
+        while _turn(shared_of(), wake):
+            wake.wait(_TICK_S)
+            wake.clear()
+    finally:
+        # Killed with all other greenlets, for one.
         shared = shared_of()
-        if shared is None or not shared.is_run_by(wake):
-            return
-        try:
-            shared.turn()
-        except Exception:  # noqa: BLE001 - it is said, and the loop goes on
-            _log.exception("sharing circuit breakers goes on in a moment")
-        del shared
-        wake.wait(_TICK_S)
-        wake.clear()
+        if shared is not None:
+            shared.ended(wake)
+
+
+def _turn(shared: SharedBreakers | None, wake: Any) -> bool:
+    """Let the loop with this event do its work; whether there is any left."""
+    if shared is None or not shared.is_run_by(wake):
+        return False
+    try:
+        shared.turn()
+    except Exception:  # noqa: BLE001 - it is said, and the loop goes on
+        _log.exception("sharing circuit breakers goes on in a moment")
+    return True
 
 
 def _ms(seconds: float | None) -> int:

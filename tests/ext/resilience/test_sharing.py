@@ -762,6 +762,45 @@ def test_one_state_that_nobody_knows_stops_no_other(server, nodes, caplog, field
     client.close()
 
 
+def test_where_no_thread_can_be_started_the_next_call_tries_again(server, nodes, monkeypatch):
+    """A process that is short of threads for a moment shares its states after it."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(b)
+
+    def no_thread(*args, **options):
+        raise RuntimeError("can't start new thread")
+
+    for module in (sharing, feed):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "run_beside", no_thread)
+            assert a.policy.call(lambda: 1) == 1
+    trip(b)
+    until_state("open", b)
+    until(lambda: b.breaker.debt() is None)
+    assert is_refused(a)
+    until_shared(a)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_that_is_killed_begins_anew(server, nodes):
+    """The next call knows what has changed meanwhile, and what it changes reaches the others."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+
+    def killed():
+        raise SystemExit
+
+    a.sharing.turn = killed
+    until(lambda: a.sharing._thread is None)
+    del a.sharing.turn
+    trip(b)
+    until(lambda: b.breaker.debt() is None)
+    assert is_refused(a)
+    a.breaker.reset()
+    until_state("closed", b)
+    until_shared(a)
+
+
 def test_without_the_feed_the_states_are_read(server, nodes, monkeypatch):
     """Where nothing can be heard, a trip is still everybody's within a second or so."""
     monkeypatch.setattr(feed.Feed, "_listen", lambda self: time.sleep(0.1))
