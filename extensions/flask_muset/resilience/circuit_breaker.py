@@ -282,9 +282,14 @@ class CircuitBreaker(Part):
         now = self._clock.now()
         with self._lock:
             changes = self._elapse(now)
-            decided = self._decide(now)
-        self._tell(changes)
-        return decided
+            ticket, wait_s = self._decide(now)
+        try:
+            self._tell(changes)
+        except BaseException:
+            if ticket is not None:
+                self._give_back(ticket)
+            raise
+        return ticket, wait_s
 
     def _decide(self, now: float) -> tuple[_Ticket | None, float | None]:
         if self._state is _CLOSED:

@@ -326,6 +326,24 @@ def test_a_probe_that_says_nothing_gives_its_place_back(server, nodes):
     until_state("closed", a, b)
 
 
+def test_who_is_cut_off_while_it_is_told_has_no_place(server, nodes):
+    """A receiver of the change to half-open that is killed leaves the probe to the next call."""
+    a = nodes(server.url)
+    until_shared(a)
+    a.sharing.turn = lambda: None  # it would be told there
+    a.breaker._open_s = 0.05
+    trip(a)
+    a.breaker._open_s = 60.0
+    until(lambda: a.breaker.state == "half_open")
+
+    def cut_off(sender, event):
+        raise KeyboardInterrupt
+
+    with breaker_changed.connected_to(cut_off), pytest.raises(KeyboardInterrupt):
+        a.policy.call(lambda: 1)
+    assert not is_refused(a)
+
+
 def test_a_lease_is_renewed_while_its_probe_runs(server, nodes):
     """A probe keeps its place for longer than one lease."""
     a, b = nodes(server.url), nodes(server.url)
