@@ -56,8 +56,8 @@ _FRESH_S = 3.0
 _LEASE_S = 3.0
 #: Nobody asks more often than that for the right to probe unless a lease ends earlier.
 _ASK_S = 1.0
-#: How often to ask where it was this process that had no time for the answer.
-_TRIES = 3
+#: Where the link stays up, it was this process that had too much to do: others may be asked.
+_TOO_BUSY = OverloadedError, OperationTimeoutError
 #: Breakers that are read at once, so that Redis is never held up.
 _AT_ONCE = 500
 #: Ten years: what lasts longer is told as lasting so long.
@@ -218,38 +218,33 @@ class SharedBreakers:
         self._held[token] = _Held(breaker, time.monotonic() + open_s)
         try:
             answer = self._ask(breaker, token, min(_LEASE_S, open_s))
-        except BaseException:
+        except BaseException as error:
             # It may have been given.
             self.settle(breaker, Lease(token, None), succeeded=False)
-            raise
+            if not isinstance(error, _TOO_BUSY):
+                raise
+            return Busy(_ASK_S)
         if not isinstance(answer, Lease):
             self._held.pop(token, None)
         return answer
 
     def _ask(self, breaker: CircuitBreaker, token: str, lease_s: float) -> Lease | Busy | None:
+        common = breaker.common()
         probes = breaker.options["half_open_calls"]
-        for _ in range(_TRIES):
-            common = breaker.common()
-            words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s)
-            try:
-                kind, answer = self._run(_PROBE, breaker, common.version, *words)
-                if kind == b"other":
-                    stored = self._common_of(breaker.shared_name, answer)
-            except MusetError as error:
-                _log.debug("the right to probe is not known: %s", error)
-                # Where the link stays up, it was this process that had too much to do.
-                if self._redis.state == "up" and isinstance(
-                    error, OverloadedError | OperationTimeoutError
-                ):
-                    continue
-                break
-            if kind == b"lease":
-                return Lease(token, int(answer))
-            if kind == b"busy":
-                return Busy(min(int(answer) / 1000, _ASK_S))
-            breaker.adopt(stored, seen=common.version)
-            return None
-        return Lease(token, None)
+        words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s)
+        try:
+            kind, answer = self._run(_PROBE, breaker, common.version, *words)
+            if kind == b"other":
+                breaker.adopt(self._common_of(breaker.shared_name, answer), seen=common.version)
+                return None
+        except MusetError as error:
+            _log.debug("the right to probe is not known: %s", error)
+            if self._redis.state == "up" and isinstance(error, _TOO_BUSY):
+                raise
+            return Lease(token, None)
+        return (
+            Lease(token, int(answer)) if kind == b"lease" else Busy(min(int(answer) / 1000, _ASK_S))
+        )
 
     def settle(self, breaker: CircuitBreaker, lease: Lease, *, succeeded: bool | None) -> None:
         """A probe has ended; others learn of it beside the calls."""

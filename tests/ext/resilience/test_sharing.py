@@ -398,6 +398,26 @@ def test_who_has_not_got_the_answer_asks_again(server, nodes):
     assert is_refused(b)
 
 
+def test_who_has_no_connection_free_does_not_probe_alone(server, nodes):
+    """While the link is up, who cannot ask is refused after one budget and leaves no place taken."""
+    config = {"REDIS_BUDGET": 0.1}
+    a, b = nodes(server.url), nodes(server.url, config=config)
+    half_open(a, b)
+    pool = b.redis._link.pool
+    taken = []
+    until(lambda: (slot := pool.take_free()) is None or taken.append(slot))
+    asked = []
+    run = b.sharing._run
+    b.sharing._run = lambda *words: asked.append(words) or run(*words)
+    assert is_refused(b)
+    assert b.redis.state == "up"
+    assert len([words for words in asked if words[0] is sharing._PROBE]) == 1
+    for slot in taken:
+        pool.give(slot)
+    until(lambda: not is_refused(b))
+    until_state("closed", a, b)
+
+
 def test_who_is_refused_asks_rarely(server, nodes):
     """While others probe, refusals send nothing but one question a second."""
     a, b = nodes(server.url), nodes(server.url)
