@@ -179,7 +179,9 @@ class CircuitBreaker(Part):
         self._version = 0
         #: Number of the last change that others are to be told, 0 if they know all.
         self._owes = 0
-        self._insists = False
+        #: Number of the operator's last change that others are to be told, 0 for none: it holds
+        #: whatever they have, and so does what followed it here.
+        self._insists = 0
         self._changes = 0
         #: When to ask again for the right to probe.
         self._asks_at = 0.0
@@ -330,7 +332,7 @@ class CircuitBreaker(Part):
         with self._lock:
             if ticket.era == self._era and lease.version is not None:
                 # The one who asked has told, too, that it is open.
-                self._version, self._owes = lease.version, 0
+                self._version, self._owes, self._insists = lease.version, 0, 0
 
     def _wait_for_others(self, ticket: _Ticket, wait_s: float) -> None:
         """Ask no more for a while; refusing sends nothing."""
@@ -458,7 +460,7 @@ class CircuitBreaker(Part):
         if self._state in _FORCED and now >= self._forced_until:
             if self._insists:
                 # It has ended before others were told: what they have holds, whatever it is.
-                self._owes, self._insists, self._version = 0, False, 0
+                self._owes = self._insists = self._version = 0
             return self._close()
         if self._state in (_OPEN, _HALF_OPEN) and now >= self._until:
             self._until = now + self._open_s
@@ -546,7 +548,7 @@ class CircuitBreaker(Part):
         """What others are to be told, None for nothing."""
         now = self._clock.now()
         with self._lock:
-            return Debt(self._owes, self._common(now), self._insists) if self._owes else None
+            return Debt(self._owes, self._common(now), self._insists > 0) if self._owes else None
 
     def owe_anew(self) -> None:
         """Nobody knows its state any more: let it be told again, unless it is closed."""
@@ -559,8 +561,10 @@ class CircuitBreaker(Part):
         now = self._clock.now()
         with self._lock:
             self._version = max(self._version, stored.version)
+            if self._insists <= debt.number:
+                self._insists = 0
             if self._owes == debt.number:
-                self._owes, self._insists = 0, False
+                self._owes = 0
                 if self._state is _OPEN:
                     self._until = now + stored.left_s
                     self._choose_way()
@@ -583,7 +587,7 @@ class CircuitBreaker(Part):
 
     def _take(self, stored: Common, now: float) -> list[BreakerEvent]:
         self._version = stored.version
-        if self._owes and self._insists:
+        if self._insists:
             return []
         self._owes = 0
         if stored.state is _CLOSED or (stored.state is _OPEN and self.mode == "off"):
@@ -600,7 +604,9 @@ class CircuitBreaker(Part):
         """Let others be told of the change; under the lock."""
         if self._sharing is not None:
             self._changes += 1
-            self._owes, self._insists = self._changes, insists
+            self._owes = self._changes
+            if insists:
+                self._insists = self._changes
 
     # --- for people ---
 
@@ -691,7 +697,7 @@ class CircuitBreaker(Part):
             changes = self._close()
             if self._sharing is not None:
                 self.is_synchronised, self._version = False, 0
-                self._owes, self._insists = 0, False
+                self._owes = self._insists = 0
                 self._choose_way()
         self._tell(changes)
 

@@ -399,9 +399,8 @@ def test_who_has_not_got_the_answer_asks_again(server, nodes):
 
 
 def test_who_has_no_connection_free_does_not_probe_alone(server, nodes):
-    """While the link is up, who cannot ask is refused after one budget and leaves no place taken."""
-    config = {"REDIS_BUDGET": 0.1}
-    a, b = nodes(server.url), nodes(server.url, config=config)
+    """While the link is up, who cannot ask is refused after one try and takes nobody's place."""
+    a, b = nodes(server.url), nodes(server.url, config={"REDIS_BUDGET": 0.3})
     half_open(a, b)
     pool = b.redis._link.pool
     taken = []
@@ -552,6 +551,25 @@ def test_a_forced_state_wins_over_a_trip_that_nobody_knows_of(server, nodes):
     b.breaker.force_closed()
     b.sharing._send(b.breaker)
     until_state("forced_closed", a, b)
+
+
+def test_what_is_said_holds_also_if_a_trip_follows_before_it_is_sent(server, nodes):
+    """`auto` that nobody has heard of yet is not lost when the calls fail once more."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    a.sharing._breakers = {}  # it hears and sends nothing
+    b.breaker.force_open()
+    until(lambda: b.breaker.debt() is None)
+    a.breaker.reset()
+    trip(a)
+    a.sharing._send(a.breaker)
+    until_state("open", a, b)
+    # What was told is told once: what others say next holds.
+    a.breaker.reset()
+    debt = a.breaker.debt()
+    trip(a)
+    a.breaker.paid(debt, debt.common)
+    assert a.breaker.debt().insists is False
 
 
 @pytest.mark.parametrize(
