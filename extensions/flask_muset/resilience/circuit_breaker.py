@@ -514,6 +514,8 @@ class CircuitBreaker(Part):
         """The probes of the parent end there, and what others do meanwhile is not known here."""
         self._admitted = 0
         if self._sharing is not None:
+            # What the parent owes it tells itself; whatever is stored holds here.
+            self._owes = self._insists = self._version = 0
             self.look_again()
 
     @property
@@ -550,11 +552,22 @@ class CircuitBreaker(Part):
         with self._lock:
             return Debt(self._owes, self._common(now), self._insists > 0) if self._owes else None
 
-    def owe_anew(self) -> None:
-        """Nobody knows its state any more: let it be told again, unless it is closed."""
+    def owe_anew(self, *, is_stale: bool) -> None:
+        """Nobody knows its state any more: let it be told again, unless it is closed.
+
+        Args:
+            is_stale: Whether others may have ended it so long ago that this is forgotten, too. What
+                they have forced is over then.
+        """
+        changes: list[BreakerEvent] = []
         with self._lock:
-            if self._state is not _CLOSED and not self._owes:
+            if self._owes or self._state is _CLOSED:
+                return
+            if is_stale and self._version and self._state in _FORCED:
+                self._version, changes = 0, self._close()
+            else:
                 self._owe()
+        self._tell(changes)
 
     def paid(self, debt: Debt, stored: Common) -> None:
         """Others have been told."""

@@ -60,6 +60,8 @@ _ASK_S = 1.0
 _TOO_BUSY = OverloadedError, OperationTimeoutError
 #: Breakers that are read at once, so that Redis is never held up.
 _AT_ONCE = 500
+#: How long a change is stored, KEPT of breaker_parts.lua.
+_KEPT_S = 86_400.0
 #: Ten years: what lasts longer is told as lasting so long.
 _LONGEST_S = 10 * 365 * 86_400
 #: Probes whose end is not sent yet. More are dropped: their leases end by themselves.
@@ -345,7 +347,7 @@ class SharedBreakers:
             # Whoever has seen the loop running may still wake it.
             self._wake, self._thread = nobody, None
             feed, self._feed = self._feed, None
-            self._confirmed_at, self._must_read = -math.inf, True
+            self._must_read = True
         if feed is not None:
             feed.close()
         for breaker in list(self._breakers.values()):
@@ -436,8 +438,8 @@ class SharedBreakers:
     def _take(self, breaker: CircuitBreaker, seen: int, stored: Sequence[bytes] | None) -> None:
         if stored is not None:
             breaker.adopt(self._common_of(breaker.shared_name, stored), seen=seen)
-        else:
-            breaker.owe_anew()
+        elif breaker.version == seen:
+            breaker.owe_anew(is_stale=-math.inf < self._confirmed_at < time.monotonic() - _KEPT_S)
 
     def _send(self, breaker: CircuitBreaker) -> None:
         debt = breaker.debt()

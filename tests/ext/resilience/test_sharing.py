@@ -604,6 +604,47 @@ def test_one_that_ends_while_redis_is_away_is_not_told(own_server, nodes):
     until_state("forced_open", a, b)
 
 
+@contextlib.contextmanager
+def paused(node):
+    """Let it hear and send nothing for a while, after which it reads what is stored."""
+    node.sharing.turn = lambda: None
+    breakers, node.sharing._breakers = node.sharing._breakers, {}
+    yield
+    node.sharing._breakers, node.sharing._must_read = breakers, True
+    del node.sharing.turn
+
+
+def test_a_fork_does_not_owe_what_its_parent_owes(server, nodes):
+    """What was forced before the fork and ended since does not begin anew with the child."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    with paused(a):
+        a.breaker.force_open()
+        b.breaker.reset()
+        until(lambda: b.breaker.debt() is None)
+        a.breaker._forked()
+        assert a.breaker.debt() is None
+    until_state("closed", a, b)
+
+
+@pytest.mark.parametrize(("days", "state"), [(0.9, "forced_open"), (1.1, "closed")])
+def test_what_was_forced_and_heard_of_no_more_for_a_day_is_over(server, nodes, days, state):
+    """Who knows a forced state tells it to a Redis that has lost it, unless it may have ended."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    a.breaker.force_open()
+    until_state("forced_open", a, b)
+    with paused(b):
+        a.breaker.reset()
+        until(lambda: a.breaker.debt() is None)
+        a.redis.execute("DEL", a.key)
+        b.sharing._must_read = True  # so that what it hears confirms nothing
+        b.sharing._confirmed_at = time.monotonic() - days * 86_400
+    until_state(state, a, b)
+    until(lambda: b.sharing._confirmed_at > time.monotonic() - 60)
+    assert (a.breaker.state, b.breaker.state) == (state, state)
+
+
 def test_what_cannot_be_forced_is_named(server, nodes):
     """An unknown name or mode, an end without sense: a ValueError that says what is right."""
     a = nodes(server.url)
