@@ -233,7 +233,7 @@ class SharedBreakers:
     def _ask(self, breaker: CircuitBreaker, token: str, lease_s: float) -> Lease | Busy | None:
         common = breaker.common()
         probes = breaker.options["half_open_calls"]
-        words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s)
+        words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s), _ms(_LEASE_S)
         try:
             kind, answer = self._run(_PROBE, breaker, common.version, *words)
             if kind == b"other":

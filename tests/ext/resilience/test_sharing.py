@@ -398,6 +398,20 @@ def test_who_has_not_got_the_answer_asks_again(server, nodes):
     assert is_refused(b)
 
 
+@pytest.mark.parametrize("field", ["ends", "probe:gone"])
+def test_a_clock_of_redis_that_is_set_back_holds_nothing_open(server, nodes, field):
+    """What ends an hour from now, and lasts less, ends when it should."""
+    a, b = (nodes(server.url, recovery_timeout=0.3) for _ in range(2))
+    until_shared(a, b)
+    trip(a)
+    until(lambda: a.breaker.debt() is None)
+    a.redis.execute("HSET", a.key, field, int((time.time() + 3600) * 1000))
+    until(lambda: not is_refused(b))
+    until_state("closed", a, b)
+    late = nodes(server.url)
+    assert not is_refused(late)
+
+
 def test_who_has_no_connection_free_does_not_probe_alone(server, nodes):
     """While the link is up, who cannot ask is refused after one try and takes nobody's place."""
     a, b = nodes(server.url), nodes(server.url, config={"REDIS_BUDGET": 0.3})
