@@ -1,6 +1,6 @@
 -- What the scripts of breakers need; it stands before each of them.
 -- A breaker is a hash: its version and state, when that ends (milliseconds of Redis's clock, 0 for
--- never), how often it has opened, and since when. While it is half-open, which is open with no time
+-- never) and how long it lasts, how often it has opened, and since when. While it is half-open, which is open with no time
 -- left, probe:<token> is until when a probe has its place, and ok:<token> stands for one that has
 -- succeeded. A change leaves none of them.
 -- ARGV of those that change: channel, sender, name, the version that the caller knows.
@@ -16,6 +16,11 @@ local function read(key)
   if #list == 0 then return nil end
   local found = {}
   for index = 1, #list, 2 do found[list[index]] = list[index + 1] end
+  if found.ends ~= '0' and found.ends - now > tonumber(found.lasts) then
+    -- The clock has been set back; it ends no later than if it began now.
+    found.ends = text(now + found.lasts)
+    redis.call('HSET', key, 'ends', found.ends)
+  end
   return found
 end
 
@@ -37,7 +42,7 @@ local function change(stored, state, left, trips, age)
   redis.call('DEL', KEYS[1])
   redis.call('HSET', KEYS[1],
     'version', text(version), 'state', state, 'trips', trips,
-    'ends', left < 0 and '0' or text(now + left),
+    'ends', left < 0 and '0' or text(now + left), 'lasts', text(left),
     'since', age < 0 and '0' or text(now - age))
   if left >= 0 or not is_forced(state) then
     redis.call('PEXPIRE', KEYS[1], text(KEPT + math.max(0, left)))

@@ -1,6 +1,6 @@
--- Give the right to probe, or say what stands against it.
+-- Give the right to probe, or say what stands against it: others probe, or it has another state.
 -- KEYS: breaker.  ARGV: ..., token, milliseconds of the lease, number of probes, trips, milliseconds
--- since it opened.
+-- since it opened, milliseconds of the longest lease.
 local stored = read(KEYS[1])
 if stored and stored.version ~= ARGV[4] then return {'other', told(stored)} end
 if not stored or told(stored)[2] ~= 'open' then
@@ -11,16 +11,21 @@ end
 local left = tonumber(told(stored)[3])
 if left > 0 then return {'busy', left} end
 -- A caller that has not got the answer asks once more with the same token.
-local own, taken, earliest = 'probe:' .. ARGV[5], 0, now + 1000
+local own, taken, ok, earliest = 'probe:' .. ARGV[5], 0, 0, now + 1000
 for field, value in pairs(stored) do
   local is_lease = string.sub(field, 1, 6) == 'probe:' and field ~= own
-  if is_lease and tonumber(value) <= now then
+  -- One that ends later than any is of before the clock was set back.
+  if is_lease and (tonumber(value) <= now or value - now > tonumber(ARGV[10])) then
     redis.call('HDEL', KEYS[1], field)
-  elseif is_lease or string.sub(field, 1, 3) == 'ok:' then
-    taken = taken + 1
-    if is_lease then earliest = math.min(earliest, value) end
+  elseif is_lease then
+    taken, earliest = taken + 1, math.min(earliest, value)
+  elseif string.sub(field, 1, 3) == 'ok:' then
+    ok = ok + 1
   end
 end
-if taken >= tonumber(ARGV[7]) then return {'busy', earliest - now} end
+local permitted = tonumber(ARGV[7])
+-- Those that have succeeded may have been permitted more of them.
+if ok >= permitted then return {'other', change(stored, 'closed', -1, 0, -1)} end
+if taken + ok >= permitted then return {'busy', earliest - now} end
 redis.call('HSET', KEYS[1], own, text(now + ARGV[6]))
 return {'lease', stored.version}

@@ -179,7 +179,9 @@ class CircuitBreaker(Part):
         self._version = 0
         #: Number of the last change that others are to be told, 0 if they know all.
         self._owes = 0
-        self._insists = False
+        #: Number of the operator's last change that others are to be told, 0 for none: it holds
+        #: whatever they have, and so does what followed it here.
+        self._insists = 0
         self._changes = 0
         #: When to ask again for the right to probe.
         self._asks_at = 0.0
@@ -282,9 +284,14 @@ class CircuitBreaker(Part):
         now = self._clock.now()
         with self._lock:
             changes = self._elapse(now)
-            decided = self._decide(now)
-        self._tell(changes)
-        return decided
+            ticket, wait_s = self._decide(now)
+        try:
+            self._tell(changes)
+        except BaseException:
+            if ticket is not None:
+                self._give_back(ticket)
+            raise
+        return ticket, wait_s
 
     def _decide(self, now: float) -> tuple[_Ticket | None, float | None]:
         if self._state is _CLOSED:
@@ -325,7 +332,7 @@ class CircuitBreaker(Part):
         with self._lock:
             if ticket.era == self._era and lease.version is not None:
                 # The one who asked has told, too, that it is open.
-                self._version, self._owes = lease.version, 0
+                self._version, self._owes, self._insists = lease.version, 0, 0
 
     def _wait_for_others(self, ticket: _Ticket, wait_s: float) -> None:
         """Ask no more for a while; refusing sends nothing."""
@@ -453,7 +460,7 @@ class CircuitBreaker(Part):
         if self._state in _FORCED and now >= self._forced_until:
             if self._insists:
                 # It has ended before others were told: what they have holds, whatever it is.
-                self._owes, self._insists, self._version = 0, False, 0
+                self._owes = self._insists = self._version = 0
             return self._close()
         if self._state in (_OPEN, _HALF_OPEN) and now >= self._until:
             self._until = now + self._open_s
@@ -497,12 +504,19 @@ class CircuitBreaker(Part):
             self.is_synchronised = True
             self._choose_way()
 
+    def look_again(self) -> None:
+        """What others do is not known here any more: the next call asks."""
+        with self._lock:
+            self.is_synchronised = False
+            self._choose_way()
+
     def _forked(self) -> None:
         """The probes of the parent end there, and what others do meanwhile is not known here."""
         self._admitted = 0
         if self._sharing is not None:
-            self.is_synchronised = False
-            self._choose_way()
+            # What the parent owes it tells itself; whatever is stored holds here.
+            self._owes = self._insists = self._version = 0
+            self.look_again()
 
     @property
     def version(self) -> int:
@@ -536,21 +550,34 @@ class CircuitBreaker(Part):
         """What others are to be told, None for nothing."""
         now = self._clock.now()
         with self._lock:
-            return Debt(self._owes, self._common(now), self._insists) if self._owes else None
+            return Debt(self._owes, self._common(now), self._insists > 0) if self._owes else None
 
-    def owe_anew(self) -> None:
-        """Nobody knows its state any more: let it be told again, unless it is closed."""
+    def owe_anew(self, *, is_stale: bool) -> None:
+        """Nobody knows its state any more: let it be told again, unless it is closed.
+
+        Args:
+            is_stale: Whether others may have ended it so long ago that this is forgotten, too. What
+                they have forced is over then.
+        """
+        changes: list[BreakerEvent] = []
         with self._lock:
-            if self._state is not _CLOSED and not self._owes:
+            if self._owes or self._state is _CLOSED:
+                return
+            if is_stale and self._version and self._state in _FORCED:
+                self._version, changes = 0, self._close()
+            else:
                 self._owe()
+        self._tell(changes)
 
     def paid(self, debt: Debt, stored: Common) -> None:
         """Others have been told."""
         now = self._clock.now()
         with self._lock:
             self._version = max(self._version, stored.version)
+            if self._insists <= debt.number:
+                self._insists = 0
             if self._owes == debt.number:
-                self._owes, self._insists = 0, False
+                self._owes = 0
                 if self._state is _OPEN:
                     self._until = now + stored.left_s
                     self._choose_way()
@@ -573,7 +600,7 @@ class CircuitBreaker(Part):
 
     def _take(self, stored: Common, now: float) -> list[BreakerEvent]:
         self._version = stored.version
-        if self._owes and self._insists:
+        if self._insists:
             return []
         self._owes = 0
         if stored.state is _CLOSED or (stored.state is _OPEN and self.mode == "off"):
@@ -590,7 +617,9 @@ class CircuitBreaker(Part):
         """Let others be told of the change; under the lock."""
         if self._sharing is not None:
             self._changes += 1
-            self._owes, self._insists = self._changes, insists
+            self._owes = self._changes
+            if insists:
+                self._insists = self._changes
 
     # --- for people ---
 
@@ -681,7 +710,7 @@ class CircuitBreaker(Part):
             changes = self._close()
             if self._sharing is not None:
                 self.is_synchronised, self._version = False, 0
-                self._owes, self._insists = 0, False
+                self._owes = self._insists = 0
                 self._choose_way()
         self._tell(changes)
 

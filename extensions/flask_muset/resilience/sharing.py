@@ -19,7 +19,7 @@ import secrets
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,10 +56,12 @@ _FRESH_S = 3.0
 _LEASE_S = 3.0
 #: Nobody asks more often than that for the right to probe unless a lease ends earlier.
 _ASK_S = 1.0
-#: How often to ask where it was this process that had no time for the answer.
-_TRIES = 3
+#: Where the link stays up, it was this process that had too much to do: others may be asked.
+_TOO_BUSY = OverloadedError, OperationTimeoutError
 #: Breakers that are read at once, so that Redis is never held up.
 _AT_ONCE = 500
+#: How long a change is stored, KEPT of breaker_parts.lua.
+_KEPT_S = 86_400.0
 #: Ten years: what lasts longer is told as lasting so long.
 _LONGEST_S = 10 * 365 * 86_400
 #: Probes whose end is not sent yet. More are dropped: their leases end by themselves.
@@ -218,36 +220,33 @@ class SharedBreakers:
         self._held[token] = _Held(breaker, time.monotonic() + open_s)
         try:
             answer = self._ask(breaker, token, min(_LEASE_S, open_s))
-        except BaseException:
+        except BaseException as error:
             # It may have been given.
             self.settle(breaker, Lease(token, None), succeeded=False)
-            raise
+            if not isinstance(error, _TOO_BUSY):
+                raise
+            return Busy(_ASK_S)
         if not isinstance(answer, Lease):
             self._held.pop(token, None)
         return answer
 
     def _ask(self, breaker: CircuitBreaker, token: str, lease_s: float) -> Lease | Busy | None:
+        common = breaker.common()
         probes = breaker.options["half_open_calls"]
-        for _ in range(_TRIES):
-            common = breaker.common()
-            words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s)
-            try:
-                kind, answer = self._run(_PROBE, breaker, common.version, *words)
-            except MusetError as error:
-                _log.debug("the right to probe is not known: %s", error)
-                # Where the link stays up, it was this process that had too much to do.
-                if self._redis.state == "up" and isinstance(
-                    error, OverloadedError | OperationTimeoutError
-                ):
-                    continue
-                break
-            if kind == b"lease":
-                return Lease(token, int(answer))
-            if kind == b"busy":
-                return Busy(min(int(answer) / 1000, _ASK_S))
-            breaker.adopt(_common_of(answer), seen=common.version)
-            return None
-        return Lease(token, None)
+        words = token, _ms(lease_s), probes, common.trips, _ms(common.age_s), _ms(_LEASE_S)
+        try:
+            kind, answer = self._run(_PROBE, breaker, common.version, *words)
+            if kind == b"other":
+                breaker.adopt(self._common_of(breaker.shared_name, answer), seen=common.version)
+                return None
+        except MusetError as error:
+            _log.debug("the right to probe is not known: %s", error)
+            if self._redis.state == "up" and isinstance(error, _TOO_BUSY):
+                raise
+            return Lease(token, None)
+        return (
+            Lease(token, int(answer)) if kind == b"lease" else Busy(min(int(answer) / 1000, _ASK_S))
+        )
 
     def settle(self, breaker: CircuitBreaker, lease: Lease, *, succeeded: bool | None) -> None:
         """A probe has ended; others learn of it beside the calls."""
@@ -295,7 +294,7 @@ class SharedBreakers:
         *words, name = text.split(" ", 5)
         breaker = self._breakers.get(name)
         if kind == "b" and breaker is not None:
-            breaker.adopt(_common_of(words))
+            breaker.adopt(self._common_of(name, words))
 
     # --- The loop beside the calls
 
@@ -326,13 +325,33 @@ class SharedBreakers:
                 lost_level=logging.DEBUG,
             )
         except RuntimeError as error:
-            # The process ends and starts no more threads.
-            _log.debug("circuit breakers are not shared any more: %s", error)
+            # No thread can be started, now or because the process ends: the next one tries again.
+            _log.debug("circuit breakers are not shared now: %s", error)
+            self.ended(wake)
+            return False
         return True
 
     def is_run_by(self, wake: Any) -> bool:
         """Whether the loop with this event is the one of this process."""
         return self._wake is wake
+
+    def ended(self, wake: Any) -> None:
+        """The loop with this event has ended; if no other one has taken its place, one may begin.
+
+        Nobody listens until then, so the next call of each breaker asks what others have.
+        """
+        nobody = make_event()
+        with self._lock:
+            if self._wake is not wake:
+                return
+            # Whoever has seen the loop running may still wake it.
+            self._wake, self._thread = nobody, None
+            feed, self._feed = self._feed, None
+            self._must_read = True
+        if feed is not None:
+            feed.close()
+        for breaker in list(self._breakers.values()):
+            breaker.look_again()
 
     def turn(self) -> None:
         """Send and read what there is."""
@@ -349,33 +368,50 @@ class SharedBreakers:
 
     def _try_to_exchange(self) -> None:
         try:
-            self._exchange()
+            self._do(self._exchange())
             self._is_refused = False
         except MusetError as error:
             # What puts the link in doubt the client tells of, and what was too slow is tried again.
-            if not (self._redis.state == "up" and isinstance(error, ExternalServiceError)):
+            if not self._is_refusal(error):
                 _log.debug("circuit breakers are shared later: %s", error)
             elif not self._is_refused:
                 self._is_refused = True
                 _log.warning("circuit breakers are not shared: %s", error)
 
-    def _exchange(self) -> None:
+    def _is_refusal(self, error: MusetError) -> bool:
+        """Whether Redis is there, and what one asks for or what it has stored is wrong."""
+        return self._redis.state == "up" and isinstance(error, ExternalServiceError)
+
+    def _do(self, steps: Iterable[Callable[[], object]]) -> None:
+        """Take all steps: what is refused of one breaker is raised only when the others are done.
+
+        Raises:
+            MusetError: Redis does not answer, or the last of what was refused.
+        """
+        refused = None
+        for step in steps:
+            try:
+                step()
+            except MusetError as error:
+                if not self._is_refusal(error):
+                    raise
+                refused = error
+        if refused is not None:
+            raise refused
+
+    def _exchange(self) -> Iterator[Callable[[], object]]:
         feed = self._feed
         if self._must_read or feed is None or not feed.is_linked:
-            self._read_all()
+            yield self._read_all
         for breaker in list(self._breakers.values()):
-            self._send(breaker)
+            yield partial(self._send, breaker)
         while self._ended:
-            ended = self._ended.popleft()
-            try:
-                self._end(ended)
-            except MusetError:
-                self._ended.appendleft(ended)
-                raise
+            yield self._end_next
         now = time.monotonic()
         if now >= self._renew_at:
             self._renew_at = now + _LEASE_S / 3
-            self._renew(now)
+            for token, held in list(self._held.items()):
+                yield partial(self._renew, token, held, now)
 
     def _read_all(self) -> None:
         """Take all states that are stored, so that nothing that was missed matters any more."""
@@ -388,16 +424,22 @@ class SharedBreakers:
         self._confirmed_at = began
 
     def _read(self, breakers: Sequence[CircuitBreaker]) -> None:
+        self._do(self._reading_of(breakers))
+
+    def _reading_of(self, breakers: Sequence[CircuitBreaker]) -> Iterator[Callable[[], object]]:
         for start in range(0, len(breakers), _AT_ONCE):
             some = breakers[start : start + _AT_ONCE]
             known = [breaker.version for breaker in some]
             keys = [self._key(breaker.shared_name) for breaker in some]
             states = self._redis.script(_READ, keys)
             for breaker, seen, stored in zip(some, known, states, strict=True):
-                if stored is not None:
-                    breaker.adopt(_common_of(stored), seen=seen)
-                else:
-                    breaker.owe_anew()
+                yield partial(self._take, breaker, seen, stored)
+
+    def _take(self, breaker: CircuitBreaker, seen: int, stored: Sequence[bytes] | None) -> None:
+        if stored is not None:
+            breaker.adopt(self._common_of(breaker.shared_name, stored), seen=seen)
+        elif breaker.version == seen:
+            breaker.owe_anew(is_stale=-math.inf < self._confirmed_at < time.monotonic() - _KEPT_S)
 
     def _send(self, breaker: CircuitBreaker) -> None:
         debt = breaker.debt()
@@ -414,11 +456,21 @@ class SharedBreakers:
             _ms(common.age_s),
             int(debt.insists),
         )
-        stored = _common_of(answer)
+        stored = self._common_of(breaker.shared_name, answer)
         if is_applied:
             breaker.paid(debt, stored)
         else:
             breaker.adopt(stored, seen=common.version)
+
+    def _end_next(self) -> None:
+        ended = self._ended.popleft()
+        try:
+            self._end(ended)
+        except MusetError as error:
+            # One that is refused would be again; its lease ends by itself.
+            if not self._is_refusal(error):
+                self._ended.appendleft(ended)
+            raise
 
     def _end(self, ended: _Ended) -> None:
         breaker, lease = ended.breaker, ended.lease
@@ -428,14 +480,27 @@ class SharedBreakers:
         probes = breaker.options["half_open_calls"]
         answer = self._run(_SUCCEEDED, breaker, lease.version, lease.token, probes)
         if answer is not None:
-            breaker.adopt(_common_of(answer))
+            breaker.adopt(self._common_of(breaker.shared_name, answer))
 
-    def _renew(self, now: float) -> None:
-        for token, held in list(self._held.items()):
-            lease_s = min(_LEASE_S, held.until - now)
-            key = self._key(held.breaker.shared_name)
-            if lease_s <= 0 or not self._redis.script(_RENEW, [key], [token, _ms(lease_s)]):
-                self._held.pop(token, None)
+    def _renew(self, token: str, held: _Held, now: float) -> None:
+        lease_s = min(_LEASE_S, held.until - now)
+        key = self._key(held.breaker.shared_name)
+        if lease_s <= 0 or not self._redis.script(_RENEW, [key], [token, _ms(lease_s)]):
+            self._held.pop(token, None)
+
+    def _common_of(self, name: str, words: Sequence[bytes | str]) -> Common:
+        """A state as scripts and messages tell it.
+
+        Raises:
+            ExternalServiceError: It is none.
+        """
+        try:
+            return _common_of(words)
+        except ValueError as error:
+            raise ExternalServiceError(
+                f"{self._key(name)} has no state of a circuit breaker that this version knows "
+                f"({error}); remove the key or update this process"
+            ) from error
 
     def _key(self, name: str) -> str:
         return self._redis.key(f"breaker:{name}")
@@ -448,17 +513,26 @@ class SharedBreakers:
 
 def _loop(shared_of: "weakref.ref[SharedBreakers]", wake: Any) -> None:
     """Runs as long as there are the breakers, which it does not keep."""
-    while True:
+    try:
+        while _turn(shared_of(), wake):
+            wake.wait(_TICK_S)
+            wake.clear()
+    finally:
+        # Killed with all other greenlets, for one.
         shared = shared_of()
-        if shared is None or not shared.is_run_by(wake):
-            return
-        try:
-            shared.turn()
-        except Exception:  # noqa: BLE001 - it is said, and the loop goes on
-            _log.exception("sharing circuit breakers goes on in a moment")
-        del shared
-        wake.wait(_TICK_S)
-        wake.clear()
+        if shared is not None:
+            shared.ended(wake)
+
+
+def _turn(shared: SharedBreakers | None, wake: Any) -> bool:
+    """Let the loop with this event do its work; whether there is any left."""
+    if shared is None or not shared.is_run_by(wake):
+        return False
+    try:
+        shared.turn()
+    except Exception:  # noqa: BLE001 - it is said, and the loop goes on
+        _log.exception("sharing circuit breakers goes on in a moment")
+    return True
 
 
 def _ms(seconds: float | None) -> int:
@@ -469,10 +543,12 @@ def _ms(seconds: float | None) -> int:
 
 
 def _common_of(words: Sequence[bytes | str]) -> Common:
-    """A state as scripts tell it."""
+    """A state as scripts tell it; ValueError for what is none."""
     version, state, left, trips, age = (
         word.decode() if isinstance(word, bytes) else word for word in words
     )
+    if state == BreakerState.HALF_OPEN:
+        raise ValueError("half_open is open with no time left")
     return Common(
         int(version),
         BreakerState(state),

@@ -295,6 +295,20 @@ def test_probes_are_counted_in_common(server, nodes):
     until_state("closed", a, b)
 
 
+def test_fewer_probes_may_be_permitted_than_have_succeeded(server, nodes):
+    """Who needs one success closes what another one, who needed three, has left half-open."""
+    a = nodes(server.url, half_open_calls=3)
+    half_open(a)
+    for _ in range(2):
+        a.policy.call(lambda: 1)
+    until(lambda: leases(a) == [])
+    assert a.breaker.state == "half_open"
+    b = nodes(server.url)
+    assert b.policy.call(lambda: 1) == 1
+    assert b.breaker.state == "closed"
+    until_state("closed", a)
+
+
 def test_a_probe_that_says_nothing_gives_its_place_back(server, nodes):
     """A call that is cut off lets another process probe at once."""
     a, b = nodes(server.url), nodes(server.url)
@@ -310,6 +324,24 @@ def test_a_probe_that_says_nothing_gives_its_place_back(server, nodes):
     until(lambda: leases(a) == [])
     until(lambda: not is_refused(b))
     until_state("closed", a, b)
+
+
+def test_who_is_cut_off_while_it_is_told_has_no_place(server, nodes):
+    """A receiver of the change to half-open that is killed leaves the probe to the next call."""
+    a = nodes(server.url)
+    until_shared(a)
+    a.sharing.turn = lambda: None  # it would be told there
+    a.breaker._open_s = 0.05
+    trip(a)
+    a.breaker._open_s = 60.0
+    until(lambda: a.breaker.state == "half_open")
+
+    def cut_off(sender, event):
+        raise KeyboardInterrupt
+
+    with breaker_changed.connected_to(cut_off), pytest.raises(KeyboardInterrupt):
+        a.policy.call(lambda: 1)
+    assert not is_refused(a)
 
 
 def test_a_lease_is_renewed_while_its_probe_runs(server, nodes):
@@ -364,6 +396,39 @@ def test_who_has_not_got_the_answer_asks_again(server, nodes):
     assert leases_of == [("token", a.breaker.version)] * 2
     assert leases(b) == [b"probe:token"]
     assert is_refused(b)
+
+
+@pytest.mark.parametrize("field", ["ends", "probe:gone"])
+def test_a_clock_of_redis_that_is_set_back_holds_nothing_open(server, nodes, field):
+    """What ends an hour from now, and lasts less, ends when it should."""
+    a, b = (nodes(server.url, recovery_timeout=0.3) for _ in range(2))
+    until_shared(a, b)
+    trip(a)
+    until(lambda: a.breaker.debt() is None)
+    a.redis.execute("HSET", a.key, field, int((time.time() + 3600) * 1000))
+    until(lambda: not is_refused(b))
+    until_state("closed", a, b)
+    late = nodes(server.url)
+    assert not is_refused(late)
+
+
+def test_who_has_no_connection_free_does_not_probe_alone(server, nodes):
+    """While the link is up, who cannot ask is refused after one try and takes nobody's place."""
+    a, b = nodes(server.url), nodes(server.url, config={"REDIS_BUDGET": 0.3})
+    half_open(a, b)
+    pool = b.redis._link.pool
+    taken = []
+    until(lambda: (slot := pool.take_free()) is None or taken.append(slot))
+    asked = []
+    run = b.sharing._run
+    b.sharing._run = lambda *words: asked.append(words) or run(*words)
+    assert is_refused(b)
+    assert b.redis.state == "up"
+    assert len([words for words in asked if words[0] is sharing._PROBE]) == 1
+    for slot in taken:
+        pool.give(slot)
+    until(lambda: not is_refused(b))
+    until_state("closed", a, b)
 
 
 def test_who_is_refused_asks_rarely(server, nodes):
@@ -502,6 +567,25 @@ def test_a_forced_state_wins_over_a_trip_that_nobody_knows_of(server, nodes):
     until_state("forced_closed", a, b)
 
 
+def test_what_is_said_holds_also_if_a_trip_follows_before_it_is_sent(server, nodes):
+    """`auto` that nobody has heard of yet is not lost when the calls fail once more."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    a.sharing._breakers = {}  # it hears and sends nothing
+    b.breaker.force_open()
+    until(lambda: b.breaker.debt() is None)
+    a.breaker.reset()
+    trip(a)
+    a.sharing._send(a.breaker)
+    until_state("open", a, b)
+    # What was told is told once: what others say next holds.
+    a.breaker.reset()
+    debt = a.breaker.debt()
+    trip(a)
+    a.breaker.paid(debt, debt.common)
+    assert a.breaker.debt().insists is False
+
+
 @pytest.mark.parametrize(
     ("mode", "expires_s", "state"),
     [("open", None, "forced_open"), ("closed", 60, "forced_closed"), ("auto", None, "closed")],
@@ -532,6 +616,47 @@ def test_one_that_ends_while_redis_is_away_is_not_told(own_server, nodes):
     until(lambda: a.breaker.state == "closed")
     own_server.start()
     until_state("forced_open", a, b)
+
+
+@contextlib.contextmanager
+def paused(node):
+    """Let it hear and send nothing for a while, after which it reads what is stored."""
+    node.sharing.turn = lambda: None
+    breakers, node.sharing._breakers = node.sharing._breakers, {}
+    yield
+    node.sharing._breakers, node.sharing._must_read = breakers, True
+    del node.sharing.turn
+
+
+def test_a_fork_does_not_owe_what_its_parent_owes(server, nodes):
+    """What was forced before the fork and ended since does not begin anew with the child."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    with paused(a):
+        a.breaker.force_open()
+        b.breaker.reset()
+        until(lambda: b.breaker.debt() is None)
+        a.breaker._forked()
+        assert a.breaker.debt() is None
+    until_state("closed", a, b)
+
+
+@pytest.mark.parametrize(("days", "state"), [(0.9, "forced_open"), (1.1, "closed")])
+def test_what_was_forced_and_heard_of_no_more_for_a_day_is_over(server, nodes, days, state):
+    """Who knows a forced state tells it to a Redis that has lost it, unless it may have ended."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+    a.breaker.force_open()
+    until_state("forced_open", a, b)
+    with paused(b):
+        a.breaker.reset()
+        until(lambda: a.breaker.debt() is None)
+        a.redis.execute("DEL", a.key)
+        b.sharing._must_read = True  # so that what it hears confirms nothing
+        b.sharing._confirmed_at = time.monotonic() - days * 86_400
+    until_state(state, a, b)
+    until(lambda: b.sharing._confirmed_at > time.monotonic() - 60)
+    assert (a.breaker.state, b.breaker.state) == (state, state)
 
 
 def test_what_cannot_be_forced_is_named(server, nodes):
@@ -715,6 +840,76 @@ def test_a_redis_that_refuses_is_told_of_once(server, nodes, caplog):
     until(lambda: sharing_state(a.app) == "shared")
     assert is_refused(nodes(server.url, name="y"))
     client.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("version", 5, "state", "ajar", "ends", 0, "trips", 0, "since", 0),
+        ("version", 5, "state", "half_open", "ends", 0, "trips", 0, "since", 0),
+        ("version", "five", "state", "closed", "ends", 0, "trips", 0, "since", 0),
+        ("colour", "blue"),
+    ],
+)
+def test_one_state_that_nobody_knows_stops_no_other(server, nodes, caplog, fields):
+    """What is stored for a breaker and is no state is said once, by its key; the rest goes on."""
+    client = GuardedRedis(server.url, budget_s=BUDGET_S)
+    a, b = nodes(server.url), nodes(server.url)
+    client.execute("HSET", a.key, *fields)
+    good, also_good = (node.recovery.get_circuit_breaker("good") for node in (a, b))
+    assert a.policy.call(lambda: 1) == 1
+    until(lambda: f"{a.key} has no state" in caplog.text)
+    good.force_open()
+    until(lambda: also_good.state == "forced_open")
+    # It probes by itself: nobody can be asked.
+    a.breaker._open_s = 0.05
+    trip(a)
+    until(lambda: not is_refused(a))
+    assert a.breaker.state == "closed"
+    until(lambda: caplog.text.count("are not shared") == 2)  # once by each of them
+    time.sleep(0.6)
+    assert caplog.text.count("are not shared") == 2
+    assert "Traceback" not in caplog.text
+    client.close()
+
+
+def test_where_no_thread_can_be_started_the_next_call_tries_again(server, nodes, monkeypatch):
+    """A process that is short of threads for a moment shares its states after it."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(b)
+
+    def no_thread(*args, **options):
+        raise RuntimeError("can't start new thread")
+
+    for module in (sharing, feed):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "run_beside", no_thread)
+            assert a.policy.call(lambda: 1) == 1
+    trip(b)
+    until_state("open", b)
+    until(lambda: b.breaker.debt() is None)
+    assert is_refused(a)
+    until_shared(a)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_loop_that_is_killed_begins_anew(server, nodes):
+    """The next call knows what has changed meanwhile, and what it changes reaches the others."""
+    a, b = nodes(server.url), nodes(server.url)
+    until_shared(a, b)
+
+    def killed():
+        raise SystemExit
+
+    a.sharing.turn = killed
+    until(lambda: a.sharing._thread is None)
+    del a.sharing.turn
+    trip(b)
+    until(lambda: b.breaker.debt() is None)
+    assert is_refused(a)
+    a.breaker.reset()
+    until_state("closed", b)
+    until_shared(a)
 
 
 def test_without_the_feed_the_states_are_read(server, nodes, monkeypatch):
