@@ -10,10 +10,9 @@ if not stored or told(stored)[2] ~= 'open' then
 end
 local left = tonumber(told(stored)[3])
 if left > 0 then return {'busy', left} end
--- A caller that has not got the answer asks once more with the same token.
-local own, taken, ok, earliest = 'probe:' .. ARGV[5], 0, 0, now + 1000
+local taken, ok, earliest = 0, 0, now + 1000
 for field, value in pairs(stored) do
-  local is_lease = string.sub(field, 1, 6) == 'probe:' and field ~= own
+  local is_lease = string.sub(field, 1, 6) == 'probe:'
   -- One that ends later than any is of before the clock was set back.
   if is_lease and (tonumber(value) <= now or value - now > tonumber(ARGV[10])) then
     redis.call('HDEL', KEYS[1], field)
@@ -27,5 +26,5 @@ local permitted = tonumber(ARGV[7])
 -- Those that have succeeded may have been permitted more of them.
 if ok >= permitted then return {'other', change(stored, 'closed', -1, 0, -1)} end
 if taken + ok >= permitted then return {'busy', earliest - now} end
-redis.call('HSET', KEYS[1], own, text(now + ARGV[6]))
+redis.call('HSET', KEYS[1], 'probe:' .. ARGV[5], text(now + ARGV[6]))
 return {'lease', stored.version}

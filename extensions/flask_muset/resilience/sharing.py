@@ -244,9 +244,9 @@ class SharedBreakers:
             if self._redis.state == "up" and isinstance(error, _TOO_BUSY):
                 raise
             return Lease(token, None)
-        return (
-            Lease(token, int(answer)) if kind == b"lease" else Busy(min(int(answer) / 1000, _ASK_S))
-        )
+        if kind == b"lease":
+            return Lease(token, int(answer))
+        return Busy(min(int(answer) / 1000, _ASK_S))
 
     def settle(self, breaker: CircuitBreaker, lease: Lease, *, succeeded: bool | None) -> None:
         """A probe has ended; others learn of it beside the calls."""

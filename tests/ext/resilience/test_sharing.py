@@ -388,16 +388,6 @@ def test_a_probe_without_an_end_has_its_place_for_the_open_time(server, nodes):
     until_state("closed", a, b)
 
 
-def test_who_has_not_got_the_answer_asks_again(server, nodes):
-    """The same token gets the same place, however often it is asked for."""
-    a, b = nodes(server.url), nodes(server.url)
-    half_open(a, b)
-    leases_of = [a.sharing._ask(a.breaker, "token", 3.0) for _ in range(2)]
-    assert leases_of == [("token", a.breaker.version)] * 2
-    assert leases(b) == [b"probe:token"]
-    assert is_refused(b)
-
-
 @pytest.mark.parametrize("field", ["ends", "probe:gone"])
 def test_a_clock_of_redis_that_is_set_back_holds_nothing_open(server, nodes, field):
     """What ends an hour from now, and lasts less, ends when it should."""
