@@ -31,8 +31,7 @@ _POOL_WAIT_S = 5.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
-#: How a unit of work begins. A write locks at once: a read that turns into a write may fail at once.
-#: A read keeps nothing.
+#: How a unit of work begins. A write locks then: a read that turns into one later may fail at once.
 _READ, _WRITE = "BEGIN", "BEGIN IMMEDIATE"
 #: Of a connection's `info`: the unit of work that it is used for.
 _UNIT = "muset.unit"
@@ -150,7 +149,7 @@ class Database:
         return self._engine
 
     def read(self, work: Callable[[Connection], T], *, guarded: bool = True) -> T:
-        """Run `work` on one consistent view of the data; it can change nothing.
+        """Run `work` on one consistent view of the data; nothing that it changes is kept.
 
         Args:
             work: Is given the connection.
