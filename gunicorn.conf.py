@@ -8,9 +8,14 @@ from gevent import monkey
 monkey.patch_all()
 
 import os  # noqa: E402
+import sys  # noqa: E402
 
 from flask_muset import logging  # noqa: E402
 from muset.settings import load_settings  # noqa: E402
+
+# SQLite works in native threads, which need Python's lock for each statement and each row. A busy
+# hub keeps it until it is made to let go, by default after 5 ms, and meanwhile questions queue up.
+sys.setswitchinterval(0.001)
 
 _settings = load_settings()
 logging.configure(

@@ -26,6 +26,7 @@ _SUMMARY = (
     Table.characters,
     Table.created_at,
 )
+_VERSION = select(Corpus.version)
 
 
 def _document(row: Any) -> Document:
@@ -110,7 +111,7 @@ class SqlDocumentStore:
 
     def version(self) -> str:
         """A number that grows with each document that comes or goes."""
-        return str(self._database.read(lambda c: c.execute(select(Corpus.version)).scalar_one()))
+        return str(self._database.read(lambda c: c.execute(_VERSION).scalar_one()))
 
     def existing(self, document_ids: Sequence[int]) -> frozenset[int]:
         """Those of the ids that exist."""

@@ -4,13 +4,28 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, Select, select, update
+from sqlalchemy import Connection, bindparam, select, update
 
 from muset.adapters.database import Database, insert_if_new
 from muset.models import Key, User
 from muset.ports import KeyRecord, Role
 
 __all__ = ["SqlKeyStore"]
+
+#: Keys of users who are there.
+_KEYS = select(
+    Key.id,
+    Key.user_id,
+    User.email,
+    Key.role,
+    Key.prefix,
+    Key.digest,
+    Key.created_at,
+    Key.expires_at,
+    Key.revoked_at,
+).join(User, (User.id == Key.user_id) & User.deleted_at.is_(None))
+#: Made once: each request asks this.
+_FIND = _KEYS.where(Key.prefix == bindparam("prefix"))
 
 
 def _utc(moment: datetime | None) -> datetime | None:
@@ -20,21 +35,6 @@ def _utc(moment: datetime | None) -> datetime | None:
 def _naive(moment: datetime | None) -> datetime | None:
     """The columns have no time zone; what is stored is UTC."""
     return None if moment is None else moment.astimezone(UTC).replace(tzinfo=None)
-
-
-def _query() -> Select[*tuple[Any, ...]]:
-    """Keys of users who are there."""
-    return select(
-        Key.id,
-        Key.user_id,
-        User.email,
-        Key.role,
-        Key.prefix,
-        Key.digest,
-        Key.created_at,
-        Key.expires_at,
-        Key.revoked_at,
-    ).join(User, (User.id == Key.user_id) & User.deleted_at.is_(None))
 
 
 def _record(row: Any) -> KeyRecord:
@@ -107,22 +107,21 @@ class SqlKeyStore:
                 "expires_at": _naive(expires_at),
             }
             insert_if_new(connection, Key, values)
-            return _record(connection.execute(_query().where(Key.digest == digest)).one())
+            return _record(connection.execute(_KEYS.where(Key.digest == digest)).one())
 
         return self._database.write(work)
 
     def find(self, prefix: str) -> Sequence[KeyRecord]:
         """All keys with this prefix, revoked and expired ones too."""
-        query = _query().where(Key.prefix == prefix)
         # Past the policy: an operator who has forced the database's breaker open must be able to
         # undo it, and that needs a key.
         return self._database.read(
-            lambda c: [_record(row) for row in c.execute(query)], guarded=False
+            lambda c: [_record(row) for row in c.execute(_FIND, {"prefix": prefix})], guarded=False
         )
 
     def list(self) -> Sequence[KeyRecord]:
         """All keys, the newest last."""
-        query = _query().order_by(Key.id)
+        query = _KEYS.order_by(Key.id)
         return self._database.read(lambda c: [_record(row) for row in c.execute(query)])
 
     def revoke(self, key_id: int, at: datetime) -> bool:

@@ -36,6 +36,7 @@ _POOL = 48
 _MAX_ENTRIES = 2_000
 #: Of BM25, the usual values (Robertson and Zaragoza, 2009).
 _K1, _B = 1.2, 0.75
+_SIZE = select(Corpus.passages, Corpus.characters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +59,18 @@ class Statistics:
 
     Attributes:
         passages: How many there are.
-        average_length: Of a passage, in characters.
+        characters: Of all of them together.
         frequencies: For terms that were asked for, in how many passages each is.
     """
 
     passages: int
-    average_length: float
+    characters: int
     frequencies: Mapping[str, int]
+
+    @property
+    def average_length(self) -> float:
+        """Of a passage, in characters."""
+        return self.characters / max(1, self.passages)
 
     def frequency(self, term: str) -> int:
         """In how many passages it is."""
@@ -156,8 +162,8 @@ def _change(connection: Connection, passages: int, characters: int) -> None:
 
 def statistics(connection: Connection, frequencies: Mapping[str, int]) -> Statistics:
     """Of the corpus as this transaction sees it."""
-    row = connection.execute(select(Corpus.passages, Corpus.characters)).one()
-    return Statistics(row.passages, row.characters / max(1, row.passages), frequencies)
+    row = connection.execute(_SIZE).one()
+    return Statistics(row.passages, row.characters, frequencies)
 
 
 def find(

@@ -31,6 +31,10 @@ _POOL_WAIT_S = 5.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
+#: How a unit of work begins. A write locks then: a read that turns into one later may fail at once.
+_READ, _WRITE = "BEGIN", "BEGIN IMMEDIATE"
+#: Of a connection's `info`: the unit of work that it is used for.
+_UNIT = "muset.unit"
 
 
 class _Unit:
@@ -49,10 +53,15 @@ class _Unit:
         self._is_cancelled = True
         self._raw.interrupt()
 
-    def check(self, *_: object) -> None:
+    def check(self) -> None:
         """Raise if it is cancelled; nothing of it is kept then."""
         if self._is_cancelled:
             raise sqlite3.OperationalError("interrupted")
+
+
+def _check_unit(connection: Connection, *_: object) -> None:
+    unit: _Unit = connection.info[_UNIT]
+    unit.check()
 
 
 #: Runs work that blocks; the second is called until the work has ended if it is cut off.
@@ -130,6 +139,7 @@ class Database:
                 hide_parameters=True,
             )
             event.listen(engine, "connect", _prepare)
+            event.listen(engine, "before_cursor_execute", _check_unit)
             if self._instrument is not None:
                 self._instrument(engine)
             self._run = _runner()
@@ -139,15 +149,15 @@ class Database:
         return self._engine
 
     def read(self, work: Callable[[Connection], T], *, guarded: bool = True) -> T:
-        """Run `work` on one consistent view of the data.
+        """Run `work` on one consistent view of the data; nothing that it changes is kept.
 
         Args:
             work: Is given the connection.
             guarded: False passes the policy by.
         """
         if not guarded:
-            return self._transaction(work, "BEGIN")
-        result: T = self._policy.call(self._transaction, work, "BEGIN")
+            return self._transaction(work, _READ)
+        result: T = self._policy.call(self._transaction, work, _READ)
         return result
 
     def write(self, work: Callable[[Connection], T]) -> T:
@@ -162,29 +172,28 @@ class Database:
     def _write(self, work: Callable[[Connection], T]) -> T:
         self._open()
         with self._write_lock:
-            # Locking at the start: a read that turns into a write later may fail at once.
-            return self._transaction(work, "BEGIN IMMEDIATE")
+            return self._transaction(work, _WRITE)
 
     def _transaction(self, work: Callable[[Connection], T], begin: str) -> T:
         engine = self._open()
         deadline.check()
         with engine.connect() as connection:
             raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
-            unit = _Unit(raw)
-            event.listen(connection, "before_cursor_execute", unit.check)
+            unit = connection.info[_UNIT] = _Unit(raw)
 
             def run() -> T:
-                connection.exec_driver_sql(begin)
+                connection.begin()  # so that `work` begins and ends none of its own
+                raw.execute(begin)
                 try:
                     result = work(connection)
                     unit.check()
-                except BaseException:
+                    if begin == _WRITE:
+                        connection.exec_driver_sql("COMMIT")
+                    return result
+                finally:
                     # SQLite may have rolled back by itself; that must not hide the reason.
                     if raw.in_transaction:
                         raw.rollback()
-                    raise
-                connection.exec_driver_sql("COMMIT")
-                return result
 
             result: T = self._run(run, unit.cancel)
             return result

@@ -1,5 +1,6 @@
 """The index over passages in SQLite's FTS5, which stems and counts by itself."""
 
+import json
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -14,7 +15,6 @@ from muset.adapters.passages import (
     count_out,
     cut,
     find,
-    statistics,
 )
 from muset.models import Passage
 from muset.ports import Retrieval
@@ -23,9 +23,15 @@ __all__ = ["SqliteIndex"]
 
 _BATCH = 1_000
 
-_FREQUENCIES = text("SELECT term, doc FROM passages_vocab WHERE term IN :terms").bindparams(
-    bindparam("terms", expanding=True)
-)
+#: One statement with one value in and one row out, since for each statement and each row the native
+#: thread that runs it lets go of Python's lock, and waits to have it again.
+_STATISTICS = text("""
+SELECT passages, characters, (
+    SELECT json_group_object(term, doc) FROM passages_vocab
+    WHERE term IN (SELECT value FROM json_each(:terms))
+) AS frequencies
+FROM corpus
+""")
 _CANDIDATES = """
 SELECT p.document_id, d.title, p.start, p."end", p.text
 FROM (SELECT rowid AS id FROM passages_fts WHERE passages_fts MATCH :query {only}
@@ -34,6 +40,10 @@ JOIN passages AS p ON p.id = found.id JOIN documents AS d ON d.id = p.document_i
 """
 #: The plus keeps SQLite from asking the full-text index once for each of these rows.
 _ONLY = "AND +rowid IN (SELECT id FROM passages WHERE document_id IN :document_ids)"
+_IN_ALL = text(_CANDIDATES.format(only=""))
+_IN_SOME = text(_CANDIDATES.format(only=_ONLY)).bindparams(
+    bindparam("document_ids", expanding=True)
+)
 
 
 class SqliteIndex:
@@ -73,8 +83,8 @@ class SqliteIndex:
 
 
 def _look_up(connection: Connection, terms: Sequence[str]) -> Statistics:
-    rows = connection.execute(_FREQUENCIES, {"terms": list(terms)})
-    return statistics(connection, {row.term: row.doc for row in rows})
+    row = connection.execute(_STATISTICS, {"terms": json.dumps(list(terms))}).one()
+    return Statistics(row.passages, row.characters, json.loads(row.frequencies))
 
 
 def _candidates(connection: Connection, plan: Plan) -> Sequence[Any]:
@@ -85,9 +95,6 @@ def _candidates(connection: Connection, plan: Plan) -> Sequence[Any]:
         "limit": plan.limit,
     }
     if plan.document_ids is None:
-        return connection.execute(text(_CANDIDATES.format(only="")), values).all()
+        return connection.execute(_IN_ALL, values).all()
     values["document_ids"] = list(plan.document_ids)
-    statement = text(_CANDIDATES.format(only=_ONLY)).bindparams(
-        bindparam("document_ids", expanding=True)
-    )
-    return connection.execute(statement, values).all()
+    return connection.execute(_IN_SOME, values).all()

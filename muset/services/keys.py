@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from flask_muset.errors import AuthenticationError, NotFoundError, ValidationError
 from muset.ports import KeyRecord, KeyStore, Principal, Role
 from muset.services.fields import clean_email
+from muset.services.shared_read import SharedRead
 
 __all__ = ["KeyService"]
 
@@ -38,6 +39,8 @@ class KeyService:
 
     def __init__(self, store: KeyStore, now: Callable[[], datetime] = _now) -> None:
         self._store = store
+        #: Many requests come with one key; those that come at once share a look at it.
+        self._find = SharedRead(store.find)
         self._now = now
 
     def create(self, email: str, role: Role, lifetime: timedelta | None = None) -> str:
@@ -99,7 +102,7 @@ class KeyService:
         )
 
     def _found(self, key: str) -> Sequence[KeyRecord]:
-        return self._store.find(key[len(_PREFIX) :][:_PREFIX_LENGTH])
+        return self._find(key[len(_PREFIX) :][:_PREFIX_LENGTH])
 
     def authenticate(self, key: str | None) -> Principal:
         """Return who has this key.

@@ -73,6 +73,22 @@ def test_without_others_it_is_a_plain_reading():
         shared()
 
 
+def test_who_asks_for_something_else_does_not_wait():
+    """Only equal arguments share a reading, and nothing is remembered of those that are over."""
+    inner = []
+
+    def read(number):
+        if number == 1:
+            inner.append(shared(2))
+        return number
+
+    shared = SharedRead(read)
+    assert (shared(1), inner) == (1, [2])
+    with pytest.raises(TypeError):
+        shared()
+    assert not shared._lines
+
+
 def test_who_is_cut_off_takes_nobody_with_him():
     """Another one of those who wait reads."""
     result = run_patched(

@@ -4,11 +4,13 @@ import random
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import sqlalchemy
 from alembic import command
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError
 
 from flask_muset import Resilience
 from muset import migrations
@@ -185,6 +187,14 @@ def test_a_key_of_other_characters_is_none(services, header):
 
     with pytest.raises(AuthenticationError):
         services.keys.authenticate(header)
+
+
+def test_a_read_keeps_nothing(services, store):
+    """What a unit of work changes where it is only to look is refused, or gone when it ends."""
+    before = store.version()
+    with suppress(DBAPIError):
+        services.database.read(lambda c: c.execute(text("UPDATE corpus SET version = version + 1")))
+    assert store.version() == before
 
 
 def test_queries_are_counted_by_operation_and_table(client, member):
