@@ -201,6 +201,7 @@ def test_policies_are_listed_and_changed(make, clock, caplog):
     assert [item["name"] for item in listed] == ["database", "extraction", "extractive"]
     assert listed[2] == {
         "name": "extractive",
+        "shared": False,
         "state": "closed",
         "parts": ["retry", "circuit_breaker"],
         "breaker": listed[2]["breaker"],
