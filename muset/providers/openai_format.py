@@ -9,6 +9,8 @@ from muset.ports import Tokens
 
 __all__ = ["Choice", "Chunk", "Complaint", "Text", "complaint_of", "tokens_of"]
 
+_MOST_TOKENS = 1_000_000_000
+
 _MAX_SAID = 500
 
 
@@ -53,7 +55,8 @@ def tokens_of(usage: Any) -> Tokens | None:
 
 
 def _is_count(value: Any) -> TypeGuard[int]:
-    return type(value) is int and value >= 0
+    # No answer has so many, and sums of greater ones do not fit into a database's integers.
+    return type(value) is int and 0 <= value <= _MOST_TOKENS
 
 
 class Complaint(msgspec.Struct, frozen=True):

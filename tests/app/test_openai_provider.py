@@ -302,8 +302,10 @@ def test_ends_that_are_none(handler, words):
 def test_a_zero_is_a_zero():
     """A server that bills nothing is believed; one that says nonsense is not."""
     nonsense = b'data: {"usage": {"prompt_tokens": -1, "completion_tokens": true}}\n\n'
-    with Wire(says(chunk("Old."), usage(0, 0), DONE), says(chunk("Old."), nonsense, DONE)) as wire:
+    bills = (usage(0, 0), nonsense, usage(1 << 63, 2))
+    with Wire(*[says(chunk("Old."), bill, DONE) for bill in bills]) as wire:
         assert ask(wire)[1] == Tokens(0, 0)
+        assert ask(wire)[1].estimated
         assert ask(wire)[1].estimated
 
 
