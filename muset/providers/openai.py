@@ -1,6 +1,5 @@
 """Answers from any server that speaks OpenAI's chat completions."""
 
-import math
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -25,6 +24,7 @@ from muset.providers.connections import Call, Server
 from muset.providers.openai_format import Chunk, Complaint, Text, complaint_of, tokens_of
 from muset.providers.prompt import Beginning, messages_of
 from muset.providers.sse import Event, EventReader
+from muset.services.text import estimated_tokens
 
 __all__ = ["OpenAIProvider", "from_config"]
 
@@ -39,8 +39,6 @@ _MAX_COMPLAINT_BYTES = 64 << 10
 _FIRST_TOKEN_S = 60.0
 #: How much longer than a deadline the socket waits, so that the deadline is what ends it.
 _SLACK_S = 0.005
-#: A rule of thumb for English; it is only used where the server does not tell.
-_CHARACTERS_PER_TOKEN = 4
 
 
 class OpenAIProvider:
@@ -290,11 +288,7 @@ def _too_long(model: str, limit: int | None) -> ValidationError:
 
 def _estimated(messages: list[dict[str, str]], characters: int) -> Tokens:
     sent = sum(len(message["content"]) for message in messages)
-    return Tokens(
-        math.ceil(sent / _CHARACTERS_PER_TOKEN),
-        math.ceil(characters / _CHARACTERS_PER_TOKEN),
-        estimated=True,
-    )
+    return Tokens(estimated_tokens(sent), estimated_tokens(characters), estimated=True)
 
 
 class _Patience:

@@ -39,6 +39,7 @@ from muset.ports import (
 )
 from muset.services.citations import Markers
 from muset.services.streaming import Meta, Sink
+from muset.services.text import estimated_tokens
 
 __all__ = ["UNSURE", "Account", "Answer", "Answering", "Asking", "Attempt", "Outcome", "Source"]
 
@@ -47,8 +48,6 @@ _log = logging.getLogger(__name__)
 UNSURE = "The documents do not say enough about this."
 #: What the last resort needs, in seconds, and at most as a share of the time that is left.
 _RESORT_S, _RESORT_SHARE = 0.25, 0.1
-#: A rule of thumb for English, where a provider was cut off before it said how many tokens it took.
-_CHARACTERS_PER_TOKEN = 4
 #: From a price for a million tokens to billionths for one.
 _BILLIONTHS = 1000
 
@@ -444,7 +443,7 @@ class _Draft:
         if not self.received:
             return Tokens(0, 0)
         sent = len(question) + sum(len(p.text) for p in self._retrieval.passages)
-        return Tokens(_tokens_in(sent), _tokens_in(self.received), estimated=True)
+        return Tokens(estimated_tokens(sent), estimated_tokens(self.received), estimated=True)
 
     def answer(self, provider: str, model: str) -> Answer:
         """The whole of it: certain only if each statement's source is there."""
@@ -481,10 +480,6 @@ def _close(items: Iterator[Any]) -> None:
     close = getattr(items, "close", None)
     if close is not None:
         close()
-
-
-def _tokens_in(characters: int) -> int:
-    return math.ceil(characters / _CHARACTERS_PER_TOKEN)
 
 
 def _is_refusal(error: Exception) -> bool:

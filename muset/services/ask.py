@@ -8,8 +8,17 @@ from functools import partial
 from typing import Any
 
 from flask_muset.errors import ValidationError
-from muset.ports import AnswerStatus, Asker, Cache, Delta, DocumentStore, Ledger, Tokens
-from muset.services.answering import UNSURE, Account, Answer, Answering, Asking
+from muset.ports import (
+    AnswerStatus,
+    Asker,
+    Cache,
+    Delta,
+    DocumentStore,
+    Ledger,
+    Model,
+    Tokens,
+)
+from muset.services.answering import UNSURE, Account, Answer, Answering, Asking, Source
 from muset.services.shared_read import SharedRead
 from muset.services.streaming import (
     AnswerStream,
@@ -154,13 +163,13 @@ class AskService:
         version = self._version()
         models = [(source.provider.name, model.name) for source, model in candidates]
         key = _key(question, models, version)
-        return _Task(question, key, version, models[0], Account())
+        return _Task(question, candidates, key, version, Account())
 
     def _asking(self, task: "_Task") -> Asking:
         question = task.question
         return Asking(
             self._answering,
-            self._answering.candidates(question.model),
+            task.candidates,
             question.text,
             self._documents.search(question.text, k=question.k, document_ids=question.document_ids),
             max_tokens=question.max_tokens,
@@ -224,7 +233,8 @@ class AskService:
         if self._ledger is None or asker is None:
             return
         account = task.account
-        provider, model = task.first
+        source, first = task.candidates[0]
+        provider, model = source.provider.name, first.name
         if account.provider:
             provider, model = account.provider, account.model
         elif answer is not None:
@@ -246,16 +256,16 @@ class _Task:
     """A checked question.
 
     Attributes:
+        candidates: Who may be asked, in order.
         key: Of its answer in the cache.
         version: Of the documents when it was asked.
-        first: Provider and model that are asked first.
         account: What it has taken.
     """
 
     question: Question
+    candidates: Sequence[tuple[Source, Model]]
     key: str
     version: str
-    first: tuple[str, str]
     account: Account
 
 

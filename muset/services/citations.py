@@ -6,6 +6,7 @@ quote instead: [n] in a text that went through `Markers` is the nth of its citat
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from muset.ports import Citation, Retrieval, ScoredPassage, Span
 from muset.services.text import question_terms, split_sentences, terms
@@ -34,6 +35,10 @@ class Markers:
 
     def __init__(self, retrieval: Retrieval) -> None:
         self._retrieval = retrieval
+        #: By passage. Read when a marker refers to it, and then kept: there may be thousands.
+        self._sentences: dict[int, Sequence[_Sentence]] = {}
+        #: By passage the number of the quote that fits what was said last.
+        self._numbers: dict[int, int] = {}
         self._held = ""
         self._said = ""
         self.citations: list[Citation] = []
@@ -60,7 +65,10 @@ class Markers:
         return "".join([*parts, self._plain(text[position:])])
 
     def _plain(self, text: str) -> str:
-        self._said = (self._said + text)[-_MAX_SENTENCE:]
+        # Blanks behind a blank say nothing new: between markers there may be many.
+        if text and not (text.isspace() and self._said[-1:].isspace()):
+            self._said = (self._said + text)[-_MAX_SENTENCE:]
+            self._numbers.clear()
         return text
 
     def _resolved(self, marker: str) -> str:
@@ -68,46 +76,73 @@ class Markers:
         numbers = []
         for number in map(int, _NUMBER.findall(marker)):
             if 1 <= number <= len(self._retrieval.passages):
-                numbers.append(self._number(self._retrieval.passages[number - 1]))
+                numbers.append(self._number(number - 1))
             else:
                 self.has_invented = True
         blank = self._plain(marker[: len(marker) - len(marker.lstrip())]) if numbers else ""
         return blank + "".join(f"[{number}]" for number in dict.fromkeys(numbers))
 
-    def _number(self, passage: ScoredPassage) -> int:
+    def _number(self, passage: int) -> int:
         """The number of the quote that fits the sentence before the marker."""
-        citation = _quote(passage, self._sentence(), self._retrieval)
-        if citation not in self.citations:
-            self.citations.append(citation)
-        return self.citations.index(citation) + 1
+        if passage not in self._numbers:
+            citation = _best(self._sentences_of(passage), _content(self._sentence()))
+            if citation not in self.citations:
+                self.citations.append(citation)
+            self._numbers[passage] = self.citations.index(citation) + 1
+        return self._numbers[passage]
+
+    def _sentences_of(self, passage: int) -> Sequence["_Sentence"]:
+        if passage not in self._sentences:
+            found = self._retrieval.passages[passage]
+            self._sentences[passage] = _sentences_of(found, self._retrieval)
+        return self._sentences[passage]
 
     def _sentence(self) -> str:
         spans = split_sentences(self._said)
         return self._said[spans[-1].start : spans[-1].end] if spans else ""
 
 
-def _quote(passage: ScoredPassage, sentence: str, retrieval: Retrieval) -> Citation:
-    """The passage's sentence that has most in common with another one, of equal ones the first.
+class _Sentence(NamedTuple):
+    """A sentence of a passage, its content terms, and the weight of the question's among them."""
+
+    quote: Citation
+    terms: frozenset[str]
+    asked: float
+
+
+def _sentences_of(passage: ScoredPassage, retrieval: Retrieval) -> Sequence[_Sentence]:
+    return [
+        _sentence_of(passage, span, retrieval)
+        for span in split_sentences(passage.text) or [Span(0, len(passage.text))]
+    ]
+
+
+def _sentence_of(passage: ScoredPassage, span: Span, retrieval: Retrieval) -> _Sentence:
+    text = passage.text[span.start : span.end]
+    own = _content(text)
+    quote = Citation(
+        document_id=passage.document_id,
+        title=passage.title,
+        start=passage.start + span.start,
+        end=passage.start + span.end,
+        quote=text,
+    )
+    asked = sum(weight for term, weight in retrieval.term_weights.items() if term in own)
+    return _Sentence(quote, own, asked)
+
+
+def _best(sentences: Sequence[_Sentence], wanted: frozenset[str]) -> Citation:
+    """The sentence that has most in common with some terms, of equal ones the first.
 
     That is Dice's coefficient of their content terms, then the weight of the question's terms.
     """
-    wanted = _content(sentence)
 
-    def fit(span: Span) -> tuple[float, float, int]:
-        own = _content(passage.text[span.start : span.end])
+    def fit(sentence: _Sentence) -> tuple[float, float, int]:
+        own = sentence.terms
         common = 2 * len(own & wanted) / (len(own) + len(wanted) or 1)
-        asked = sum(weight for term, weight in retrieval.term_weights.items() if term in own)
-        return common, asked, -span.start
+        return common, sentence.asked, -sentence.quote.start
 
-    spans: Sequence[Span] = split_sentences(passage.text) or [Span(0, len(passage.text))]
-    best = max(spans, key=fit)
-    return Citation(
-        document_id=passage.document_id,
-        title=passage.title,
-        start=passage.start + best.start,
-        end=passage.start + best.end,
-        quote=passage.text[best.start : best.end],
-    )
+    return max(sentences, key=fit).quote
 
 
 def _content(text: str) -> frozenset[str]:

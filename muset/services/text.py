@@ -1,5 +1,6 @@
 """Text as passages, sentences and terms. Offsets are Unicode code points, ends exclusive."""
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -10,7 +11,14 @@ import snowballstemmer
 
 from muset.ports import Span
 
-__all__ = ["question_terms", "split_passages", "split_sentences", "term_counter", "terms"]
+__all__ = [
+    "estimated_tokens",
+    "question_terms",
+    "split_passages",
+    "split_sentences",
+    "term_counter",
+    "terms",
+]
 
 #: A passage grows until it has this many characters: some 120 English words, which is enough
 #: context for one fact and little enough that its terms mean one thing.
@@ -48,6 +56,11 @@ _STOP_WORDS = frozenset(
     was we were what when where whether which while who whom whose why will with would you
     your""".split()  # noqa: SIM905 - a list of words reads better as a text
 )
+
+
+def estimated_tokens(characters: int) -> int:
+    """Tokens of a text, where no provider says how many; some four English characters make one."""
+    return math.ceil(characters / 4)
 
 
 def _blocks(text: str) -> Iterator[Span]:

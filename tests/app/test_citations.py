@@ -5,7 +5,9 @@ import pytest
 from hypothesis import strategies as st
 
 from muset.ports import Retrieval, ScoredPassage
+from muset.services import citations
 from muset.services.citations import Markers
+from muset.services.text import split_sentences
 
 BEES = "A bee colony has one queen. The queen lays 2,000 eggs a day. Drones do not sting."
 ANTS = "An ant colony may have many queens.\nThe queen of the black garden ant lives 28 years."
@@ -111,3 +113,20 @@ def test_pieces_make_no_difference(parts, data):
     assert whole[0] == cut[0]
     assert whole[1].citations == cut[1].citations
     assert whole[1].has_invented == cut[1].has_invented
+
+
+def test_many_markers_are_looked_at_once(monkeypatch):
+    """A model that repeats itself without end holds nobody up: sentences are split once."""
+    asked = []
+
+    def split(text):
+        asked.append(text)
+        return split_sentences(text)
+
+    monkeypatch.setattr(citations, "split_sentences", split)
+    for marker in ("[1]", " [1]", "[1, 2]"):
+        asked.clear()
+        text, markers = checked("The queen lays 2,000 eggs a day." + marker * 2_000)
+        assert text.count("[1]") == 2_000
+        assert 1 <= len(markers.citations) <= 2
+        assert len(asked) <= 6
