@@ -1,13 +1,11 @@
 """A process of its own with a Flask app and its circuit breakers, as a gunicorn worker has them."""
 
 import json
-import subprocess
-import sys
 
-_LOOP = """
-from gevent import monkey; monkey.patch_all()
-import json, logging, sys, time
-import gevent
+from code_worker import CodeWorker
+
+_SETUP = """
+import logging
 from flask import Flask
 from flask_muset import Resilience
 from flask_muset.errors import CircuitOpenError, NetworkError
@@ -23,7 +21,6 @@ logging.getLogger("flask_muset").setLevel(logging.INFO)
 app = Flask("worker")
 app.config.update(json.loads(sys.argv[1]))
 resilience = Resilience(app)
-names = globals()
 app.app_context().push()
 
 def make(name, **options):
@@ -53,18 +50,10 @@ def until(condition, seconds=10):
 def look():
     return [str(breaker.state), sharing_state(app)]
 
-print("ready", flush=True)
-while True:
-    line = gevent.get_hub().threadpool.apply(sys.stdin.readline)
-    if not line:
-        break
-    names["result"] = None
-    exec(json.loads(line), names)
-    print("result:" + json.dumps(names["result"]), flush=True)
 """
 
 
-class BreakerWorker:
+class BreakerWorker(CodeWorker):
     """Runs code, line by line, in an app context; the names that it sets stay.
 
     Args:
@@ -75,33 +64,7 @@ class BreakerWorker:
     def __init__(self, redis_url, **config):
         values = {"REDIS_URL": redis_url, "REDIS_BUDGET": 1.0, **config}
         values = {f"RESILIENCE_{name}": value for name, value in values.items()}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", _LOOP, json.dumps(values)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ready(self):
-        """Wait until it has begun."""
-        assert self.process.stdout.readline().strip() == "ready"
-        return self
-
-    def start(self, code):
-        """Begin to run code."""
-        self.process.stdin.write(json.dumps(code) + "\n")
-        self.process.stdin.flush()
-
-    def end(self):
-        """What the code that was begun has set `result` to."""
-        line = self.process.stdout.readline()
-        assert line.startswith("result:"), f"the worker says {line!r}"
-        return json.loads(line.removeprefix("result:"))
-
-    def run(self, code):
-        """Run code and return what it has set `result` to."""
-        self.start(code)
-        return self.end()
+        super().__init__(_SETUP, json.dumps(values))
 
     @property
     def state(self):
@@ -112,10 +75,3 @@ class BreakerWorker:
     def sharing(self):
         """What it knows of the others."""
         return self.run("result = sharing_state(app)")
-
-    def kill(self):
-        """kill -9."""
-        self.process.kill()
-        self.process.wait()
-        self.process.stdin.close()
-        self.process.stdout.close()

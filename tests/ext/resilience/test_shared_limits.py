@@ -612,7 +612,7 @@ def workers(request):
     """8 worker processes for all tests of this file, 3 in the small form."""
     count = 8 if request.config.getoption("--prove") else 3
     started = [LimitWorker() for _ in range(count)]
-    yield [worker.wait() for worker in started]
+    yield [worker.ready() for worker in started]
     for worker in started:
         worker.kill()
 
@@ -709,7 +709,7 @@ def test_large_limit(redis, redis_server, workers, prove):
 
 def test_counts_outlive_the_processes(redis_server, workers):
     """What a worker counted holds for its successor, although it was killed."""
-    old, new = LimitWorker().wait(), workers[0]
+    old, new = LimitWorker().ready(), workers[0]
     for worker in (old, new):
         worker.run(set_up(redis_server, 60, 3600))
     count = "result = [limit.hit('a').allowed for _ in range(40)].count(True)"

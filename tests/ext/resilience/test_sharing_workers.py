@@ -111,7 +111,7 @@ def workers(server):
     yield start
     for worker in started:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.process.pid, signal.SIGCONT)
+            os.kill(worker.pid, signal.SIGCONT)
         worker.kill()
 
 
@@ -273,7 +273,7 @@ def test_a_late_close_changes_nothing(fleet):
     sleeper.run("trip()")
     until(lambda: sleeper.state == other.state == "half_open")
     sleeper.run("probe = gevent.spawn(policy.call, gevent.sleep, 1.0); gevent.sleep(0.05)")
-    os.kill(sleeper.process.pid, signal.SIGSTOP)
+    os.kill(sleeper.pid, signal.SIGSTOP)
     other.run("""
 breaker._open_s = 60
 def probe_fails():
@@ -283,7 +283,7 @@ until(probe_fails)
 until(lambda: breaker.debt() is None)
 """)
     time.sleep(1.0)  # it has slept for longer than its probe takes
-    os.kill(sleeper.process.pid, signal.SIGCONT)
+    os.kill(sleeper.pid, signal.SIGCONT)
     assert sleeper.run("probe.join(); gevent.sleep(0.5); result = look()") == ["open", "shared"]
     assert other.run("result = look()") == ["open", "shared"]
 
