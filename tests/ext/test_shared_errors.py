@@ -8,6 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -68,6 +69,23 @@ def until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.02)
+
+
+@pytest.fixture(autouse=True)
+def ended(monkeypatch):
+    """What a test has begun to send ends with it, and says nothing in the next one."""
+    made, begin = weakref.WeakSet(), SharedErrors.__init__
+
+    def remember(shared, *args):
+        begin(shared, *args)
+        made.add(shared)
+
+    monkeypatch.setattr(SharedErrors, "__init__", remember)
+    yield
+    for shared in list(made):
+        if shared._closing is not None:  # its loop has begun
+            shared.close()
+        shared._redis.close()
 
 
 @pytest.fixture

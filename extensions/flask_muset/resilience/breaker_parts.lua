@@ -1,10 +1,10 @@
--- What the scripts of breakers need; it stands before each of them.
+-- What the scripts of breakers need; it stands before each of them, behind KEPT: for how many
+-- milliseconds a state is stored.
 -- A breaker is a hash: its version and state, when that ends (milliseconds of Redis's clock, 0 for
 -- never) and how long it lasts, how often it has opened, and since when. While it is half-open,
 -- which is open with no time left, probe:<token> is until when a probe has its place, and ok:<token>
 -- stands for one that has succeeded. A change leaves none of them.
 -- ARGV of those that change: channel, sender, name, the version that the caller knows.
-local KEPT = 86400000
 local time = redis.call('TIME')
 local now_us = time[1] * 1000000 + time[2]
 local now = math.floor(now_us / 1000)

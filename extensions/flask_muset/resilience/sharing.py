@@ -60,7 +60,7 @@ _ASK_S = 1.0
 _TOO_BUSY = OverloadedError, OperationTimeoutError
 #: Breakers that are read at once, so that Redis is never held up.
 _AT_ONCE = 500
-#: How long a change is stored, KEPT of breaker_parts.lua.
+#: How long a change is stored, in seconds; well above any open time.
 _KEPT_S = 86_400.0
 #: Ten years: what lasts longer is told as lasting so long.
 _LONGEST_S = 10 * 365 * 86_400
@@ -76,7 +76,7 @@ _PARTS = _text_of("parts")
 
 
 def _script(name: str) -> Script:
-    return Script(_PARTS + _text_of(name))
+    return Script(f"local KEPT = {_KEPT_S * 1000:.0f}\n{_PARTS}{_text_of(name)}")
 
 
 _READ, _CHANGE, _PROBE = _script("read"), _script("change"), _script("probe")
