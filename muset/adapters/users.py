@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Connection, delete, insert, select, text, update
+from sqlalchemy import Connection, delete, select, text, update
 
 from flask_muset.errors import ConflictError
-from muset.adapters.database import Database
+from muset.adapters.database import Database, insert_if_new
 from muset.models import Key
 from muset.models import User as Table
 from muset.ports import User
@@ -35,7 +35,7 @@ def _now() -> datetime:
     return datetime.now(UTC).replace(tzinfo=None)
 
 
-def _is_taken(connection: Connection, email: str, by_other_than: int = 0) -> bool:
+def _is_taken(connection: Connection, email: str, *, by_other_than: int) -> bool:
     others = select(Table.id).where(Table.email == email, Table.id != by_other_than)
     return connection.execute(others).first() is not None
 
@@ -43,8 +43,8 @@ def _is_taken(connection: Connection, email: str, by_other_than: int = 0) -> boo
 class UserStore:
     """Implements `muset.ports.UserStore`.
 
-    Of two that take an address at the same moment the second is refused here, or by the constraint
-    of the table: a conflict as well.
+    Of two that change to an address at the same moment the second is refused here, or by the
+    constraint of the table: a conflict as well.
     """
 
     def __init__(self, database: Database) -> None:
@@ -55,11 +55,10 @@ class UserStore:
         values = {"email": email, "name": name, "version": 1, "created_at": _now()}
 
         def work(connection: Connection) -> User | None:
-            if _is_taken(connection, email):
+            user_id = insert_if_new(connection, Table, values)
+            if user_id is None:
                 return None
-            return _user(
-                connection.execute(insert(Table).values(values).returning(*_COLUMNS)).one()
-            )
+            return _user(connection.execute(select(*_COLUMNS).where(Table.id == user_id)).one())
 
         return self._database.write(work)
 
