@@ -158,7 +158,7 @@ from muset.providers.openai import OpenAIProvider
 from muset.services.streaming import Times
 from muset.testing.upstream import Upstream
 
-upstream = Upstream(seed=1, models=["m"], tokens_per_second=20)
+upstream = Upstream(seed=1, models=["m"], tokens_per_second=6)
 
 def service_of(*names, **options):
     providers = [OpenAIProvider(n, upstream.base_url, (Model("m"),)) for n in names]
@@ -187,11 +187,11 @@ def run(code, tmp_path):
 def test_two_hang(tmp_path, prove):
     """Neither sends a byte; each is cut off when its share is over."""
     result = run(
-        f"""
+        """
         upstream.script(["hang"] * 20)
-        service = service_of("first", "second", REQUEST_TIMEOUT="{2 if prove.full else 0.8}")
+        service = service_of("first", "second", REQUEST_TIMEOUT="2")
         result = []
-        for form in ({{}}, STREAM):
+        for form in ({}, STREAM):
             for allowed in (True, False):
                 began = time.monotonic()
                 with service.ask(headers=form, allow_degraded=allowed, k=3) as answer:
@@ -225,7 +225,7 @@ def test_deadlines_and_clients_that_leave(tmp_path):
     """
     result = run(
         """
-        service = service_of("first", REQUEST_TIMEOUT="0.5", times=Times(hold_back_s=0.05))
+        service = service_of("first", REQUEST_TIMEOUT="2", times=Times(hold_back_s=0.05))
         with service.ask(headers=STREAM) as answer:
             events = events_of(answer.text)
         whole = service.ask(k=3).json
@@ -236,7 +236,7 @@ def test_deadlines_and_clients_that_leave(tmp_path):
         is_closed = closed_within(5)
         row, seen = service.ledger()[-1], upstream.requests[-1]
         upstream.script(["cut", "hang"])
-        app = service_of("first", "second", REQUEST_TIMEOUT="1", times=Times(hold_back_s=5))
+        app = service_of("first", "second", REQUEST_TIMEOUT="3", times=Times(hold_back_s=9))
         began = time.monotonic()
         with app.ask(headers=STREAM, k=6) as answer:
             last = events_of(answer.text)[-1]

@@ -18,6 +18,7 @@ from redis_server import RedisServer
 
 from flask_muset import CacheStrategies, ErrorHandler, Metrics, aio
 from flask_muset.cache_strategies import WriteContext, cache_manager
+from flask_muset.cache_strategies.writers import Declarations
 from flask_muset.deadline import deadline
 from flask_muset.errors import (
     CacheUnavailable,
@@ -633,9 +634,11 @@ def test_an_unknown_writer_is_waited_for(shop):
     assert seen == ["value"]
 
 
-def test_writers_of_the_manager_are_for_all_apps(place):
+def test_writers_of_the_manager_are_for_all_apps(place, monkeypatch):
     """A declaration where no app is known yet."""
     seen = []
+    # Else every app of a later test had a writer.
+    monkeypatch.setattr(cache_manager, "_declared", Declarations())
 
     @cache_manager.writer("everywhere")
     def everywhere(value):
