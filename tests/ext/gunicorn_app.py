@@ -11,6 +11,9 @@ import time
 from redis_server import free_port
 
 _PATCHED = "from gevent import monkey; monkey.patch_all()\n"
+#: gunicorn tells each worker once to stop, and one that has only begun may not hear it; such a one
+#: is waited for no longer than this, in seconds.
+_STOP = "graceful_timeout = 10\n"
 _STOPS_WELL = "def on_starting(server): server.handle_int = server.handle_term\n"
 
 
@@ -27,7 +30,7 @@ def serve(
     (folder / "served_app.py").write_text(source)
     gevent = "gevent" in worker.lower()
     stops = _STOPS_WELL if stops_well else ""
-    (folder / "conf.py").write_text((_PATCHED if gevent else "") + stops + config)
+    (folder / "conf.py").write_text((_PATCHED if gevent else "") + _STOP + stops + config)
     port = free_port()
     log = open(folder / "gunicorn.log", "wb")  # noqa: SIM115 - closed below
     process = subprocess.Popen(

@@ -373,9 +373,7 @@ def test_reads_of_all_workers(tmp_path, prove):
         "CACHE_STRATEGIES_WRITE_DELAY": 0.05,
     }
     app = _APP.format(helpers=_HELPERS, config=config, pause_s=0.005)
-    # gunicorn tells each worker once to stop, and one that has only begun may not hear it.
-    stop = ["--graceful-timeout", "10"]
-    with serve(tmp_path, app, "--workers", "4", *stop) as (process, port):
+    with serve(tmp_path, app, "--workers", "4") as (process, port):
         clients = [Client(port, f"client{number}", rounds) for number in range(4)]
         threads = [threading.Thread(target=client.run) for client in clients]
         for thread in threads:
