@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import gevent
-import gevent.socket
+from gevent.hub import Waiter
 
 __all__ = ["ERRORS", "ClientLeftError", "EndedError", "Wire", "error_body"]
 
@@ -51,6 +51,11 @@ class Wire(BaseHTTPRequestHandler):
     server_version = "muset-upstream"
     timeout = 120
     disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        """Begin."""
+        super().setup()
+        self._fd: int = self.connection.fileno()
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base's name
         """Nothing: what was asked is in the record."""
@@ -126,14 +131,22 @@ class Wire(BaseHTTPRequestHandler):
             OSError: The client has left.
         """
         while (left := moment - time.monotonic()) > 0:
-            try:
-                gevent.socket.wait_read(self.connection.fileno(), left, TimeoutError())
-            except TimeoutError:
+            if not self._is_readable_within(left):
                 return
             if not self.connection.recv(1, socket.MSG_PEEK):
                 raise ClientLeftError
             # It has sent its next request already.
             gevent.sleep(min(left, 0.05))
+
+    def _is_readable_within(self, seconds: float) -> bool:
+        # A time-out of gevent's for each token would cost more than the token.
+        waiter = Waiter()
+        timer, readable = waiter.hub.loop.timer(seconds), waiter.hub.loop.io(self._fd, 1)
+        with timer, readable:
+            timer.start(waiter.switch, False)
+            readable.start(waiter.switch, True)
+            is_readable: bool = waiter.get()
+        return is_readable
 
     def reset_connection(self) -> None:
         """End the connection so that the other side reads a reset."""
