@@ -1,8 +1,8 @@
 """Calls of one HTTP server over kept connections, which can be cut off at any moment.
 
-urllib3 connects, checks certificates and takes an answer apart. How long each step may take and
-what becomes of the connection is decided here: one whose answer was not read to its end is closed,
-never drained and never used again. Nothing is sent twice, no redirect is followed, no proxy used.
+http.client takes an answer apart. How long each step may take and what becomes of the connection is
+decided here: one whose answer was not read to its end is closed, never drained and never used
+again. Nothing is sent twice, no redirect is followed, no proxy used.
 """
 
 import re
@@ -12,14 +12,18 @@ import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from http.client import HTTPException
+from http.client import (
+    HTTP_PORT,
+    HTTPS_PORT,
+    HTTPConnection,
+    HTTPException,
+    HTTPMessage,
+    HTTPResponse,
+    HTTPSConnection,
+    IncompleteRead,
+)
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
-
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, NewConnectionError
-from urllib3.exceptions import TimeoutError as ClientTimeoutError
-from urllib3.response import HTTPResponse
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
@@ -37,9 +41,8 @@ _READ_BYTES = 65_536
 #: Seconds to wait for the last bytes behind an answer that is complete.
 _TAIL_S = 0.05
 
-_TIMED_OUT = (TimeoutError, ClientTimeoutError)
 #: ValueError is what gevent raises for a TLS connection that another greenlet has shut.
-_BROKEN = (OSError, HTTPException, HTTPError, ValueError)
+_BROKEN = (OSError, HTTPException, ValueError)
 
 
 class Server:
@@ -103,9 +106,10 @@ class Server:
             connection.close()
 
     def _make(self) -> HTTPConnection:
+        # Without a port http.client looks for one in the host, and IPv6 addresses have colons.
         if not self._is_tls:
-            return HTTPConnection(self._host, self._port)
-        return HTTPSConnection(self._host, self._port, ssl_context=self._tls)
+            return HTTPConnection(self._host, self._port or HTTP_PORT)
+        return HTTPSConnection(self._host, self._port or HTTPS_PORT, context=self._tls)
 
     def _forked(self) -> None:
         """In a child, which must not close what its parent uses, and can close nothing yet."""
@@ -158,7 +162,7 @@ class Call:
         return self._answer.status
 
     @property
-    def headers(self) -> Mapping[str, str]:
+    def headers(self) -> HTTPMessage:
         """Headers of the answer; names in any case."""
         return self._answer.headers
 
@@ -186,24 +190,29 @@ class Call:
             self._connect(connection)
         self._adopt(connection.sock)
         try:
-            connection.timeout = self._left_s()
+            self._socket.settimeout(self._left_s())
             # It may have answered, and closed, before it had read all.
             with suppress(BrokenPipeError, ConnectionResetError):
-                connection.request(
-                    "POST", self._server.path + path, body, headers, preload_content=False
-                )
-            connection.timeout = self._left_s()
+                connection.request("POST", self._server.path + path, body, dict(headers))
+            self._socket.settimeout(self._left_s())
             self._response = connection.getresponse()
+            self._check_coding(self._response)
         except _BROKEN as error:
             self._fail(error)
+
+    def _check_coding(self, response: HTTPResponse) -> None:
+        coding = response.getheader("Content-Encoding", "identity")
+        if coding.lower() != "identity":
+            raise ExternalServiceError(
+                f"{self._server.name} sent the coding {coding!r}, which it was not asked for"
+            )
 
     def _connect(self, connection: HTTPConnection) -> None:
         try:
             connection.timeout = self._left_s()
             connection.connect()
-        except (OSError, HTTPError) as error:
-            # To urllib3 a connection that was refused is one that took too long.
-            if isinstance(error, _TIMED_OUT) and not isinstance(error, NewConnectionError):
+        except OSError as error:
+            if isinstance(error, TimeoutError):
                 self._fail(error)
             raise ExternalServiceError(
                 f"{self._server.name} cannot be reached: {error}", unavailable=True
@@ -226,6 +235,8 @@ class Call:
         try:
             self._socket.settimeout(self._left_s())
             data = self._answer.read1(_READ_BYTES)
+            if not data and self._answer.length:
+                raise IncompleteRead(b"", self._answer.length)
         except _BROKEN as error:
             self._fail(error)
         self._is_whole = not data
@@ -273,7 +284,7 @@ class Call:
             self._socket = None
             is_clean = self._is_whole and not self._is_aborted
             self._is_whole = False
-        if response is not None and not is_clean:
+        if response is not None:
             response.close()
         if connection is not None:
             self._server.give(connection, is_clean=is_clean and connection.sock is not None)
@@ -282,7 +293,7 @@ class Call:
         name = self._server.name
         if self._is_aborted:
             raise self.aborted() from error
-        if isinstance(error, _TIMED_OUT):
+        if isinstance(error, TimeoutError):
             self._left_s()  # says whose time is up
             raise OperationTimeoutError(f"{name} did not answer in time") from error
         raise ExternalServiceError(

@@ -5,7 +5,6 @@ out, and speaks up now and then when there are none.
 """
 
 import math
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -14,7 +13,7 @@ from typing import Any, Protocol
 
 from flask_muset.deadline import Expired, deadline
 from flask_muset.errors import OverloadedError
-from flask_muset.locks import make_event
+from flask_muset.locks import make_event, original
 from muset.ports import AnswerStatus, Citation, Delta, Tokens
 
 __all__ = [
@@ -116,7 +115,8 @@ class Channel:
 
     def __init__(self, hold_back_s: float) -> None:
         self._hold_back_s = hold_back_s
-        self._lock = threading.Lock()
+        # The patched one would cost more than what it protects, which never waits.
+        self._lock = original("_thread", "allocate_lock")()
         self._events: list[Event] = []
         self._error: BaseException | None = None
         self._is_closed = False
@@ -203,7 +203,9 @@ class Channel:
 
     def _given_out(self) -> tuple[Sequence[Event], float]:
         """The events that may go, and when those may that may not yet."""
-        now, left_s = time.monotonic(), deadline.remaining()
+        if not self._events and self._error is None:
+            return (), math.inf
+        now, left_s = time.monotonic(), None if self.is_sent else deadline.remaining()
         with self._lock:
             release_at = self._release_at
             if left_s is not None and release_at < math.inf:
