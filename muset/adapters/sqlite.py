@@ -1,25 +1,28 @@
 """The embedded database.
 
 SQLite waits and works inside C, which blocks gevent's hub and with it every request of the worker.
-So each unit of work runs in gevent's native threads where the process is patched. The connection is
-taken and given back by the greenlet: SQLAlchemy's pool locks are gevent's there, and those are not
-made for native threads.
+So each unit of work runs in a native thread where the process is patched, on that thread's own
+connection: SQLAlchemy's pool locks are gevent's there, and those are not made for native threads.
 """
 
+import _thread  # noqa: F401 - `original` looks it up
 import os
+import queue  # noqa: F401 - the same
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import quote
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
-from sqlalchemy.pool import QueuePool
+from sqlalchemy.pool import NullPool, QueuePool
 
 from flask_muset.deadline import deadline
-from flask_muset.locks import is_patched
-from muset.adapters.database import SharedProbe, finish, outcome
+from flask_muset.locks import has_lasting_hub, is_patched, original
+from muset.adapters.database import SharedProbe, compute, finish, outcome
 from muset.ports import CallPolicy
 
 __all__ = ["Database"]
@@ -38,20 +41,31 @@ _UNIT = "muset.unit"
 
 
 class _Unit:
-    """A unit of work that may be cancelled: at its next statement, and before it is kept.
+    """A unit of work that may be cancelled: at its next statement, and before it is kept."""
 
-    Args:
-        raw: The connection that it runs on.
-    """
-
-    def __init__(self, raw: sqlite3.Connection) -> None:
-        self._raw = raw
+    def __init__(self) -> None:
+        # Held while the connection is interrupted: a moment later it may be somebody else's.
+        self._lock = original("_thread", "allocate_lock")()
+        self._raw: sqlite3.Connection | None = None
         self._is_cancelled = False
+
+    def begin(self, raw: sqlite3.Connection) -> None:
+        """Use a connection, till `end`."""
+        with self._lock:
+            self._raw = raw
+        self.check()
+
+    def end(self) -> None:
+        """Use it no more."""
+        with self._lock:
+            self._raw = None
 
     def cancel(self) -> None:
         """End it; called by whoever waits for it."""
-        self._is_cancelled = True
-        self._raw.interrupt()
+        with self._lock:
+            self._is_cancelled = True
+            if self._raw is not None:
+                self._raw.interrupt()
 
     def check(self) -> None:
         """Raise if it is cancelled; nothing of it is kept then."""
@@ -64,25 +78,107 @@ def _check_unit(connection: Connection, *_: object) -> None:
     unit.check()
 
 
-#: Runs work that blocks; the second is called until the work has ended if it is cut off.
-Run = Callable[[Callable[[], Any], Callable[[], None]], Any]
+def _transact(
+    work: Callable[[Connection], T], begin: str, unit: _Unit, connection: Connection
+) -> T:
+    """Do a unit of work on a connection that nobody else uses."""
+    raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
+    connection.info[_UNIT] = unit
+    try:
+        unit.begin(raw)
+        connection.begin()  # so that `work` begins and ends none of its own
+        raw.execute(begin)
+        result = work(connection)
+        unit.check()
+        if begin == _WRITE:
+            connection.exec_driver_sql("COMMIT")
+        return result
+    finally:
+        unit.end()
+        # SQLite may have rolled back by itself; that must not hide the reason.
+        if raw.in_transaction:
+            raw.rollback()
+        connection.rollback()
 
 
-def _run_direct(work: Callable[[], T], cancel: Callable[[], None]) -> T:
-    return work()
+class _Threads:
+    """Native threads that do units of work for the greenlets of one hub, in the order of asking.
 
+    gevent's own pool takes one task for each of its threads, and the next when the hub has seen the
+    end of one. A hub that serves a thousand streams has other things to do, so most threads would
+    wait for it most of the time.
 
-def _runner() -> Run:
-    """How work that blocks is run in this process."""
-    if not is_patched():
-        return _run_direct
-    from gevent import get_hub
+    Args:
+        engine: Gives each thread its connection.
+    """
 
-    def run(work: Callable[[], T], cancel: Callable[[], None]) -> T:
-        done: T = finish(get_hub().threadpool.spawn(outcome, work), cancel)
+    def __init__(self, engine: Engine) -> None:
+        from gevent import get_hub
+
+        # The first one sets the dialect up, under a lock that is gevent's.
+        engine.connect().close()
+        self._engine = engine
+        self._tasks: Any = original("queue", "SimpleQueue")()
+        self._done: deque[tuple[Any, Any]] = deque()
+        #: Wakes the hub; it runs while somebody waits, since a loop that has nothing to do ends.
+        self._wake = get_hub().loop.async_()
+        self._wake_lock = original("_thread", "allocate_lock")()
+        self._waiting = self._threads = 0
+
+    def run(self, work: Callable[[Connection], T], cancel: Callable[[], None]) -> T:
+        """Wait until it is done; `cancel` is called until then if whoever waits is cut off."""
+        done: T = finish(self._spawn(work), cancel)
         return done
 
-    return run
+    def close(self) -> None:
+        """Close the connections, and end the threads."""
+        for ending in [self._spawn(None) for _ in range(self._threads)]:
+            ending.wait()
+        with self._wake_lock:  # the last of them may be about to use it
+            self._wake.close()
+
+    def _spawn(self, work: Callable[[Connection], Any] | None) -> Any:
+        from gevent.event import AsyncResult
+
+        result = AsyncResult()
+        if not self._waiting:
+            self._wake.start(self._hand_out)
+        self._waiting += 1
+        if work is not None and self._threads < min(self._waiting, _CONNECTIONS):
+            original("_thread", "start_new_thread")(self._serve, ())
+            self._threads += 1
+        self._tasks.put((result, work))
+        return result
+
+    def _hand_out(self) -> None:
+        """Runs in the hub."""
+        while self._done:
+            result, value = self._done.popleft()
+            self._waiting -= 1
+            result.set(value)
+        if not self._waiting:
+            self._wake.stop()
+
+    def _serve(self) -> None:
+        """Runs in a native thread."""
+        connection: Connection | None = None
+
+        def do(work: Callable[[Connection], Any] | None) -> Any:
+            nonlocal connection
+            if work is None:
+                return None if connection is None else connection.close()
+            if connection is None:
+                connection = self._engine.connect()
+            return work(connection)
+
+        work: Any = True
+        while work is not None:
+            result, work = self._tasks.get()
+            value = outcome(partial(do, work))
+            with self._wake_lock:
+                self._done.append((result, value))
+                self._wake.send()
+            del result, value  # while it waits for the next one
 
 
 def _prepare(connection: sqlite3.Connection, _record: object) -> None:
@@ -122,18 +218,20 @@ class Database:
         self._instrument = instrument
         self._pid = 0
         self._engine: Engine | None = None
-        self._run: Run = _run_direct
+        self._threads: _Threads | None = None
         self._write_lock = threading.Lock()
         self._shared = SharedProbe(self._look)
 
     def _open(self) -> Engine:
         if self._engine is None or self._pid != os.getpid():
+            self._threads = None
+            pool: dict[str, Any] = {"poolclass": NullPool}
+            if not is_patched():
+                sizes = {"pool_size": _CONNECTIONS, "max_overflow": 0}
+                pool = {"poolclass": QueuePool, "pool_timeout": _POOL_WAIT_S, **sizes}
             engine = create_engine(
                 self._url,
-                poolclass=QueuePool,
-                pool_size=_CONNECTIONS,
-                max_overflow=0,
-                pool_timeout=_POOL_WAIT_S,
+                **pool,
                 connect_args={"check_same_thread": False},
                 # Texts of users have no place in errors, which go to the log and to dead letters.
                 hide_parameters=True,
@@ -142,7 +240,6 @@ class Database:
             event.listen(engine, "before_cursor_execute", _check_unit)
             if self._instrument is not None:
                 self._instrument(engine)
-            self._run = _runner()
             self._write_lock = threading.Lock()
             self._shared = SharedProbe(self._look)
             self._engine, self._pid = engine, os.getpid()
@@ -177,26 +274,14 @@ class Database:
     def _transaction(self, work: Callable[[Connection], T], begin: str) -> T:
         engine = self._open()
         deadline.check()
-        with engine.connect() as connection:
-            raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
-            unit = connection.info[_UNIT] = _Unit(raw)
-
-            def run() -> T:
-                connection.begin()  # so that `work` begins and ends none of its own
-                raw.execute(begin)
-                try:
-                    result = work(connection)
-                    unit.check()
-                    if begin == _WRITE:
-                        connection.exec_driver_sql("COMMIT")
-                    return result
-                finally:
-                    # SQLite may have rolled back by itself; that must not hide the reason.
-                    if raw.in_transaction:
-                        raw.rollback()
-
-            result: T = self._run(run, unit.cancel)
-            return result
+        unit = _Unit()
+        do = partial(_transact, work, begin, unit)
+        if not (is_patched() and has_lasting_hub()):
+            with engine.connect() as connection:
+                return do(connection)
+        if self._threads is None:
+            self._threads = _Threads(engine)
+        return self._threads.run(do, unit.cancel)
 
     def check(self, timeout_s: float) -> None:
         """Return if the database answers in time.
@@ -213,7 +298,7 @@ class Database:
         self._shared.check(timeout_s)
 
     def _look(self) -> None:
-        self._run(self._probe, lambda: None)
+        compute(self._probe)
 
     def _probe(self) -> None:
         path = make_url(self._url).database
@@ -224,5 +309,7 @@ class Database:
     def close(self) -> None:
         """Close the connections of this process."""
         if self._engine is not None and self._pid == os.getpid():
+            if self._threads is not None:
+                self._threads.close()
             self._engine.dispose()
-            self._engine = None
+            self._engine = self._threads = None

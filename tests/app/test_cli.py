@@ -227,7 +227,12 @@ except OperationTimeoutError:
     pass
 assert time.monotonic() - began < 1, "a statement goes on after its deadline"
 assert database.read(lambda c: c.execute(text("SELECT 41 + 1")).scalar_one()) == 42
-assert database._engine.pool.checkedout() == 0
+waiting = [gevent.spawn(database.read, lambda c: c.execute(text("SELECT 1")).scalar_one())
+           for _ in range(100)]
+gevent.joinall(waiting, raise_error=True)
+assert database._threads._threads == 8, "each thread has a connection"
+database.close()
+assert database.read(lambda c: c.execute(text("SELECT 41 + 1")).scalar_one()) == 42
 def fails(connection):
     raise ValueError("inside")
 try:
