@@ -30,6 +30,8 @@ _COMMENT = ": still at it\n\n"
 
 def is_wanted(request: Request) -> bool:
     """Whether a client wants a stream rather than JSON; of two that it wants alike, JSON."""
+    if request.headers.get("Accept") == MEDIA_TYPE:
+        return True  # as browsers send it, and it is asked twice for each request
     accept = request.accept_mimetypes
     return accept.best_match(["application/json", MEDIA_TYPE]) == MEDIA_TYPE
 

@@ -22,6 +22,7 @@ from http.client import (
     HTTPSConnection,
     IncompleteRead,
 )
+from ipaddress import ip_address
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -60,6 +61,7 @@ class Server:
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
         self.name = name
         self._is_tls, self._host, self._port, self.path = _parts_of(base_url)
+        self._is_address = _is_address(self._host)
         self._tls: ssl.SSLContext | None = None
         self._inherited: deque[tuple[float, HTTPConnection]] | None = None
         self._busy = 0
@@ -107,9 +109,15 @@ class Server:
 
     def _make(self) -> HTTPConnection:
         # Without a port http.client looks for one in the host, and IPv6 addresses have colons.
-        if not self._is_tls:
-            return HTTPConnection(self._host, self._port or HTTP_PORT)
-        return HTTPSConnection(self._host, self._port or HTTPS_PORT, context=self._tls)
+        if self._is_tls:
+            port = self._port or HTTPS_PORT
+            connection: Any = HTTPSConnection(self._host, port, context=self._tls)
+        else:
+            connection = HTTPConnection(self._host, self._port or HTTP_PORT)
+        if self._is_address:
+            connection._create_connection = _connected
+        made: HTTPConnection = connection
+        return made
 
     def _forked(self) -> None:
         """In a child, which must not close what its parent uses, and can close nothing yet."""
@@ -129,6 +137,29 @@ def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
     if not re.fullmatch(r"[!-~]+", base_url) or parts.query or parts.fragment:
         raise ValueError("must be ASCII without spaces, ? and #")
     return parts.scheme == "https", host, port, parts.path.rstrip("/")
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+def _connected(address: tuple[str, int], timeout: float, *_: object) -> socket.socket:
+    """What `socket.create_connection` does, which has addresses looked up as if they were names.
+
+    gevent does that in native threads, where it waits for whatever else they have to do.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    try:
+        sock.settimeout(timeout)
+        sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 def _is_quiet(sock: Any) -> bool:
