@@ -282,6 +282,7 @@ def test_ends_that_are_complete(name, handler):
         (answers(200, b"<html>log in</html>"), "before its end"),
         (answers(200, [1]), "cannot be read"),
         (answers(200, {"choices": []}), "without text"),
+        (answers(200, b"\x1f\x8b", Content_Encoding="gzip"), "'gzip', which it was not asked for"),
         (lambda peer: peer.send(b"HTTP/1.1 200 OK\r\nContent-Le"), "before its end"),
         (lambda peer: peer.send(b"SSH-2.0-OpenSSH\r\n"), "broke the connection"),
         (
@@ -450,6 +451,20 @@ def test_a_server_that_cannot_be_reached():
             assert (error.status, error.unavailable, error.retryable) == (503, True, True)
             assert "main cannot be reached" in error.message
         assert wire.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port"),
+    [
+        ("http://[::1]/v1", "::1", 80),
+        ("https://[::1]/v1", "::1", 443),
+        ("http://llm.example.org:8000/v1", "llm.example.org", 8000),
+    ],
+)
+def test_where_a_connection_goes(url, host, port):
+    """To the host and the port of the URL, or to the usual port, whatever an address looks like."""
+    connection = connections.Server("x", url).take()
+    assert (connection.host, connection.port) == (host, port)
 
 
 def test_tls(monkeypatch):
