@@ -40,6 +40,9 @@ graceful_timeout = 30
 # A heartbeat of the hub, no limit on a request.
 timeout = 60
 worker_tmp_dir = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # noqa: S108
+# Whom to believe is the app's to decide, by MUSET_TRUSTED_PROXIES. gunicorn would let each client
+# of this machine say which path it meant.
+forwarded_allow_ips = ""
 # gunicorn would open a socket below the home directory, which may be read-only.
 control_socket_disable = True
 logger_class = "flask_muset.logging.gunicorn.Logger"

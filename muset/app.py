@@ -8,6 +8,7 @@ from typing import Any
 
 from flask import Flask
 from sqlalchemy import Engine
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flask_muset import (
     CacheStrategies,
@@ -26,6 +27,7 @@ from flask_muset.resilience import (
     Bulkhead,
     CircuitBreaker,
     Policy,
+    RateLimit,
     RetryBudget,
     RetryStrategy,
     Timeout,
@@ -46,6 +48,7 @@ from muset.adapters.usage_sums import UsageSumStore
 from muset.adapters.users import UserStore
 from muset.blueprints import admin, ask, auth, documents, health, openapi, search, usage, users
 from muset.blueprints.strict_json import StrictJSON
+from muset.headers import SecurityHeaders
 from muset.ports import Cache, Document, Probe, ScoredPassage, TrackCall, User
 from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
@@ -86,6 +89,7 @@ class Services:
     usage: UsageReport
     dead_letters: DeadLetterService
     probes: Sequence[Probe]
+    wrong_keys: RateLimit | None
 
 
 def make_services(
@@ -98,6 +102,7 @@ def make_services(
     probes: Sequence[Probe] = (),
     providers: Sequence[Configured] = (),
     times: Times | None = None,
+    wrong_keys: RateLimit | None = None,
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
@@ -110,6 +115,7 @@ def make_services(
         probes: Of what is used beside the database.
         providers: Models that answer, in order; without any the documents answer themselves.
         times: Of streams; None for the usual ones.
+        wrong_keys: How many of them may come from one address; None for any number.
     """
     database, index = _database(settings, _database_policy(resilience), instrument)
     store = SqlDocumentStore(database, index)
@@ -139,6 +145,7 @@ def make_services(
         preferences=PreferenceService(SqlPreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),
         probes=(database, *probes),
+        wrong_keys=wrong_keys,
     )
 
 
@@ -221,6 +228,17 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
+def _wrong_keys(settings: Settings, redis: GuardedRedis | None) -> RateLimit | None:
+    """The limit on wrong keys of one address, shared by all workers like any other."""
+    if settings.wrong_keys_per_minute == 0:
+        return None
+    limit = RateLimit(settings.wrong_keys_per_minute, 60.0)
+    limit.name = "wrong_keys"
+    if redis is not None:
+        limit.share(redis, limit.name)
+    return limit
+
+
 def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
     """One client for all that use Redis, where it is set: the service works without it."""
     if settings.redis_url is None:
@@ -292,6 +310,7 @@ def create_app(
         ],
         providers=providers,
         times=times,
+        wrong_keys=_wrong_keys(settings, redis),
     )
     resilience.init_app(app)
     for blueprint in (
@@ -306,4 +325,18 @@ def create_app(
         openapi.make_docs(),
     ):
         app.register_blueprint(blueprint)
+    for path in settings.exposed_files:
+        _log.warning("%s has a secret and can be read by everybody here; chmod o-r it", path)
+    _wrap(app, settings.trusted_proxies)
     return app
+
+
+def _wrap(app: Flask, proxies: int) -> None:
+    """Put the layers round the app that see each request first and each answer last."""
+    app.wsgi_app = SecurityHeaders(app.wsgi_app).__call__  # type: ignore[method-assign]
+    if proxies:
+        # Outermost, so that all that look at an address see the client's. What the client says of
+        # itself stands further to the left in X-Forwarded-For than what the proxies say.
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=proxies, x_proto=proxies, x_host=0, x_port=0, x_prefix=0
+        )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -9,7 +10,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["HIDDEN", "SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
+__all__ = [
+    "HIDDEN",
+    "SETTINGS",
+    "Setting",
+    "Settings",
+    "SettingsError",
+    "is_exposed",
+    "load_settings",
+]
 
 HIDDEN = "********"
 
@@ -101,6 +110,15 @@ def _networks(text: str) -> tuple[str, ...]:
             ip_network(name, strict=False)
     except ValueError:
         raise ValueError("addresses or networks such as 10.0.0.0/8, separated by commas") from None
+    return names
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"[a-z0-9._:-]{1,253}", name) for name in names):
+        raise ValueError(
+            "hosts such as llm.example.org or 192.0.2.1, without ports, separated by commas"
+        )
     return names
 
 
@@ -228,6 +246,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
     Setting("WEB_CONCURRENCY", 1, _integer(1, 1024), "Worker processes."),
     Setting(
+        "MUSET_TRUSTED_PROXIES",
+        0,
+        _integer(0, 10),
+        "Proxies in a row before the service, whose X-Forwarded-For and -Proto are believed.",
+    ),
+    Setting(
+        "MUSET_WRONG_KEYS_PER_MINUTE",
+        20,
+        _integer(0, 1_000_000),
+        "Wrong keys a minute from one client address, 0 for no limit of their own.",
+    ),
+    Setting(
         "MUSET_DEPLOYMENT",
         "default",
         _deployment,
@@ -270,6 +300,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("AI_API_KEY", None, _text, "The key for AI_BASE_URL.", secret=True),
     Setting("AI_MODEL", None, _text, "The model that AI_BASE_URL is asked for."),
+    Setting(
+        "AI_INSECURE_HOSTS",
+        (),
+        _hosts,
+        "Hosts of model servers that may get a key over plain http, or have an address of a "
+        "cloud's metadata, separated by commas.",
+    ),
     Setting(
         "AI_IDLE_TIMEOUT",
         10.0,
@@ -316,6 +353,16 @@ class Settings:
     def web_concurrency(self) -> int:
         """Number of worker processes."""
         return int(self.values["WEB_CONCURRENCY"])
+
+    @property
+    def trusted_proxies(self) -> int:
+        """Proxies in a row before the service."""
+        return int(self.values["MUSET_TRUSTED_PROXIES"])
+
+    @property
+    def wrong_keys_per_minute(self) -> int:
+        """Wrong keys a minute from one client address, 0 for no limit of their own."""
+        return int(self.values["MUSET_WRONG_KEYS_PER_MINUTE"])
 
     @property
     def log_level(self) -> str:
@@ -443,6 +490,18 @@ class Settings:
         return model
 
     @property
+    def ai_insecure_hosts(self) -> tuple[str, ...]:
+        """Hosts of model servers for which what is otherwise refused is allowed, in small letters."""
+        hosts: tuple[str, ...] = self.values["AI_INSECURE_HOSTS"]
+        return hosts
+
+    @property
+    def exposed_files(self) -> tuple[Path, ...]:
+        """The files of secrets that everybody on this machine can read."""
+        named = (self.environ.get(f"{s.name}_FILE") for s in SETTINGS if s.secret)
+        return tuple(Path(name) for name in named if name and is_exposed(Path(name)))
+
+    @property
     def ai_idle_timeout_s(self) -> float:
         """Seconds without a token, once the first has come, that end an answer."""
         return float(self.values["AI_IDLE_TIMEOUT"])
@@ -484,6 +543,11 @@ def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]
         return Path(path).read_text(encoding="utf-8").strip(), "file"
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"a readable file in {setting.name}_FILE ({error})") from None
+
+
+def is_exposed(path: Path) -> bool:
+    """Whether everybody on this machine can read a file of secrets."""
+    return bool(path.stat().st_mode & stat.S_IROTH)
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
