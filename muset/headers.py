@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SecurityHeaders"]
 
-_POLICY = "Content-Security-Policy"
 _ALWAYS = [
     ("X-Content-Type-Options", "nosniff"),
     ("X-Frame-Options", "DENY"),
@@ -20,10 +19,17 @@ _ALWAYS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
 ]
 #: A browser shows nothing of ours but the pages of errors, which need their own style alone.
-_NOTHING = (
-    _POLICY,
-    f"default-src 'none'; style-src {STYLE_SOURCE}; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+_RESTRICTION = (
+    "Content-Security-Policy",
+    "; ".join(
+        (
+            "default-src 'none'",
+            f"style-src {STYLE_SOURCE}",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        )
+    ),
 )
 _KEEP_NOTHING = ("Cache-Control", "no-store")
 #: What has a tag may be kept by its own client, which asks each time whether it still holds.
@@ -52,7 +58,7 @@ class SecurityHeaders:
             names = {name.lower() for name, _ in headers}
             more = list(_ALWAYS)
             if "content-security-policy" not in names:
-                more.append(_NOTHING)
+                more.append(_RESTRICTION)
             if "cache-control" not in names:
                 more.append(_ASK_EACH_TIME if "etag" in names else _KEEP_NOTHING)
             return start_response(status, headers + more, exc_info)

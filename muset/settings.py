@@ -491,7 +491,7 @@ class Settings:
 
     @property
     def ai_insecure_hosts(self) -> tuple[str, ...]:
-        """Hosts of model servers for which what is otherwise refused is allowed, in small letters."""
+        """Hosts of model servers that may have any address, and get a key over plain http."""
         hosts: tuple[str, ...] = self.values["AI_INSECURE_HOSTS"]
         return hosts
 

@@ -2,7 +2,8 @@
 
 urllib3 connects, checks certificates and takes an answer apart. How long each step may take and
 what becomes of the connection is decided here: one whose answer was not read to its end is closed,
-never drained and never used again. Nothing is sent twice, no redirect is followed, no proxy used.
+never drained and never used again. Nothing is sent twice, no redirect is followed, no proxy used,
+and what a name stands for is looked up once and checked before anything goes there.
 """
 
 import re
@@ -10,21 +11,23 @@ import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from http.client import HTTPException
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 from urllib.parse import urlsplit
 
 from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.exceptions import HTTPError, NewConnectionError
+from urllib3.exceptions import HTTPError
 from urllib3.exceptions import TimeoutError as ClientTimeoutError
 from urllib3.response import HTTPResponse
+from urllib3.util.connection import create_connection
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.errors import ExternalServiceError, OperationTimeoutError, OverloadedError
 from flask_muset.locks import give_lock, original
+from muset.providers.addresses import refusal, refusal_of_name
 
 __all__ = ["Call", "Server"]
 
@@ -48,15 +51,30 @@ class Server:
     Args:
         name: For people.
         base_url: `http://` or `https://`, a host, perhaps a port and a path.
+        has_key: Whether what is sent there has a key in it.
+        insecure_hosts: For these neither the address nor the key matters.
 
     Raises:
         ValueError: The URL is another one; the text says what is wrong, not what it is.
     """
 
-    def __init__(self, name: str, base_url: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        *,
+        has_key: bool = False,
+        insecure_hosts: Collection[str] = (),
+    ) -> None:
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
         self.name = name
         self._is_tls, self._host, self._port, self.path = _parts_of(base_url)
+        self._is_checked = self._host not in insecure_hosts
+        self._key_in_clear = has_key and not self._is_tls
+        if self._is_checked:
+            reason = refusal_of_name(self._host, key_in_clear=self._key_in_clear)
+            if reason is not None:
+                raise ValueError(f"must be another one: {reason}")
         self._tls: ssl.SSLContext | None = None
         self._inherited: deque[tuple[float, HTTPConnection]] | None = None
         self._busy = 0
@@ -104,12 +122,54 @@ class Server:
 
     def _make(self) -> HTTPConnection:
         if not self._is_tls:
-            return HTTPConnection(self._host, self._port)
-        return HTTPSConnection(self._host, self._port, ssl_context=self._tls)
+            return _Checked(self._host, self._port).checked_by(self.check)
+        made = _CheckedTLS(self._host, self._port, ssl_context=self._tls)
+        return made.checked_by(self.check)
+
+    def check(self, address: str) -> None:
+        """Look at what the host's name stands for.
+
+        Raises:
+            ExternalServiceError: Nothing may be sent there.
+        """
+        reason = self._is_checked and refusal(address, key_in_clear=self._key_in_clear)
+        if reason:
+            raise ExternalServiceError(
+                f"{self.name} is not asked because of the address of {self._host}: {reason}",
+                unavailable=True,
+                retryable=False,
+            )
 
     def _forked(self) -> None:
         """In a child, which must not close what its parent uses, and can close nothing yet."""
         self._inherited, self._idle, self._busy = self._idle, deque(), 0
+
+
+class _Checked(HTTPConnection):
+    """Connects to the very addresses that were looked at, so that no name can change between."""
+
+    def checked_by(self, check: Callable[[str], None]) -> Self:
+        """Say who looks at each address, and raises."""
+        self._check = check
+        return self
+
+    def _new_conn(self) -> socket.socket:
+        found = socket.getaddrinfo(self._dns_host, self.port, 0, socket.SOCK_STREAM)
+        addresses = [str(entry[4][0]) for entry in found]
+        for address in addresses:
+            self._check(address)
+        for address in addresses[:-1]:
+            with suppress(OSError):  # the next one may answer
+                return self._open(address)
+        return self._open(addresses[-1])
+
+    def _open(self, address: str) -> socket.socket:
+        options = self.socket_options
+        return create_connection((address, self.port), self.timeout, None, options)
+
+
+class _CheckedTLS(_Checked, HTTPSConnection):
+    """The same; its certificate is for the name."""
 
 
 def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
@@ -122,7 +182,7 @@ def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
         raise ValueError("must begin with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must bear no credentials; put the key into api_key_env or api_key_file")
-    if not re.fullmatch(r"[!-~]+", base_url) or parts.query or parts.fragment:
+    if not re.fullmatch(r"[!-~]+", base_url) or "?" in base_url or "#" in base_url:
         raise ValueError("must be ASCII without spaces, ? and #")
     return parts.scheme == "https", host, port, parts.path.rstrip("/")
 
@@ -202,8 +262,7 @@ class Call:
             connection.timeout = self._left_s()
             connection.connect()
         except (OSError, HTTPError) as error:
-            # To urllib3 a connection that was refused is one that took too long.
-            if isinstance(error, _TIMED_OUT) and not isinstance(error, NewConnectionError):
+            if isinstance(error, _TIMED_OUT):
                 self._fail(error)
             raise ExternalServiceError(
                 f"{self._server.name} cannot be reached: {error}", unavailable=True

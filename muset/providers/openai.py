@@ -1,6 +1,6 @@
 """Answers from any server that speaks OpenAI's chat completions."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -50,6 +50,7 @@ class OpenAIProvider:
         models: The first one is used where none is asked for.
         api_key: Sent as a bearer token; None for a server that wants none.
         idle_timeout_s: Seconds without a token, once the first has come.
+        insecure_hosts: Hosts that may have any address, and get a key over plain http.
 
     Raises:
         ValueError: The URL or the key cannot be used; the text does not show them.
@@ -65,11 +66,14 @@ class OpenAIProvider:
         *,
         api_key: str | None = None,
         idle_timeout_s: float = 10.0,
+        insecure_hosts: Collection[str] = (),
     ) -> None:
         self.name = name
         self.models = models
         try:
-            self._server = Server(name, base_url)
+            self._server = Server(
+                name, base_url, has_key=api_key is not None, insecure_hosts=insecure_hosts
+            )
         except ValueError as error:
             raise ValueError(f"base_url {error}") from None
         if api_key is not None and not is_sendable(api_key):
@@ -394,4 +398,5 @@ def from_config(config: ProviderConfig) -> OpenAIProvider:
         config.models,
         api_key=config.api_key,
         idle_timeout_s=config.idle_timeout_s,
+        insecure_hosts=config.insecure_hosts,
     )

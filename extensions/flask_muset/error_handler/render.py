@@ -45,7 +45,7 @@ table{border-collapse:collapse;margin:1rem 0}td,th{text-align:left;padding:.3rem
 border-bottom:1px solid #e3e6ea;vertical-align:top}a{color:#1a5fb4}
 @media(prefers-color-scheme:dark){body{color:#e6e9ee;background:#14181d}small{color:#9aa5b1}
 td,th{border-color:#2b323a}a{color:#78aeed}}"""
-#: What the style-src of a Content-Security-Policy has to allow for the pages to look as they should.
+#: What the style-src of a Content-Security-Policy needs, so that the pages look as they should.
 STYLE_SOURCE = f"'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'"
 
 _PAGE = """<!doctype html>
@@ -63,7 +63,9 @@ def page(title: str, body: str) -> bytes:
         title: Plain text.
         body: HTML, escaped by the caller.
     """
-    return _PAGE.format(title=html.escape(title), style=_STYLE, body=body).encode("utf-8", "replace")
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body=body).encode(
+        "utf-8", "replace"
+    )
 
 
 @lru_cache(maxsize=256)

@@ -528,7 +528,7 @@ def network_of(address: str | None) -> str:
     if address is None or ":" not in address:
         return str(address)
     try:
-        return str(ipnetwork_of((address.partition("%")[0], 64), strict=False))
+        return str(ip_network((address.partition("%")[0], 64), strict=False))
     except ValueError:
         return address
 
