@@ -25,6 +25,7 @@ check: .venv/.check docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python deploy/audit.py
 
 docs: .venv/.check
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
