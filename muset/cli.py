@@ -509,11 +509,14 @@ def show_objectives(url: str | None, key: str | None) -> None:
     """
     settings = load_settings()
     url = url or f"http://{settings.host}:{settings.port}/metrics"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     if urlsplit(url).scheme not in ("http", "https"):
         _fail(f"--url must begin with http:// or https://, got {url!r}.", 2)
+    asked = Request(url)  # noqa: S310
+    if key:
+        # A redirect may lead to somebody else.
+        asked.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
-        with urlopen(Request(url, headers=headers), timeout=10) as answer:  # noqa: S310
+        with urlopen(asked, timeout=10) as answer:  # noqa: S310
             findings = judge(answer.read(_MAX_METRICS_BYTES).decode())
     except (OSError, HTTPException) as error:
         _fail(f"{url} cannot be read ({error}); is the service running, and ENABLE_METRICS true?")

@@ -31,6 +31,7 @@ _RESTRICTION = (
         )
     ),
 )
+_USUAL = [*_ALWAYS, _RESTRICTION]
 _KEEP_NOTHING = ("Cache-Control", "no-store")
 #: What has a tag may be kept by its own client, which asks each time whether it still holds.
 _ASK_EACH_TIME = ("Cache-Control", "private, no-cache")
@@ -55,12 +56,11 @@ class SecurityHeaders:
         """Serve one request."""
 
         def start(status, headers, exc_info=None):  # type: ignore[no-untyped-def]
-            names = {name.lower() for name, _ in headers}
-            more = list(_ALWAYS)
-            if "content-security-policy" not in names:
-                more.append(_RESTRICTION)
-            if "cache-control" not in names:
-                more.append(_ASK_EACH_TIME if "etag" in names else _KEEP_NOTHING)
-            return start_response(status, headers + more, exc_info)
+            names = dict(headers)  # the views write them as they are written here
+            more = _ALWAYS if "Content-Security-Policy" in names else _USUAL
+            if "Cache-Control" in names:
+                return start_response(status, headers + more, exc_info)
+            kept = _ASK_EACH_TIME if "ETag" in names else _KEEP_NOTHING
+            return start_response(status, [*headers, *more, kept], exc_info)
 
         return self._app(environ, start)

@@ -68,7 +68,11 @@ def rate_limit_key(incoming: Request) -> Any:
 
 
 def is_admin(incoming: Request) -> bool:
-    """Whether a request has the key of an admin."""
+    """Whether a request has the key of an admin.
+
+    Raises:
+        RateLimitError: Its address has sent too many wrong ones.
+    """
     try:
         return _authenticate(incoming).is_admin
     except AuthenticationError:

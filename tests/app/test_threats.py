@@ -1,9 +1,11 @@
 """The threats of docs/security.md: those of what clients send, and the tests that it names."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 URL = "/api/v1/documents"
 INJECTIONS = ("'; DROP TABLE users; --", "' OR '1'='1", '") UNION SELECT digest FROM keys --', "%")
 
@@ -45,3 +47,20 @@ def test_no_header_can_be_put_in(client, admin, end_of_line):
         assert answer.status_code < 500
         assert "X-Evil" not in answer.headers
         assert "planted" not in str(answer.headers)
+
+
+def exists(path, name):
+    return f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_each_test_of_the_page_exists():
+    """What docs/security.md names as shown by a test is, and each threat is shown by one."""
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 20
+    missing = []
+    for row in rows:
+        named = re.findall(r"`([^`]+)`", row.rsplit(" | ", 1)[1])
+        assert named, row
+        missing += [test for test in named if "::" in test and not exists(*test.split("::"))]
+    assert missing == []
