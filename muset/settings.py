@@ -546,8 +546,8 @@ def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]
 
 
 def is_exposed(path: Path) -> bool:
-    """Whether everybody on this machine can read a file of secrets."""
-    return bool(path.stat().st_mode & stat.S_IROTH)
+    """Whether there is a file of secrets that everybody on this machine can read."""
+    return path.exists() and bool(path.stat().st_mode & stat.S_IROTH)
 
 
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:

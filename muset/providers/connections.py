@@ -176,6 +176,7 @@ def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
     try:
         parts = urlsplit(base_url)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as the look-up will do it
     except ValueError as error:
         raise ValueError(f"cannot be read as a URL ({error})") from None
     if parts.scheme not in ("http", "https") or not host:

@@ -477,6 +477,10 @@ def test_tls(monkeypatch):
         "http://llm.example.org/v1?x=1",
         "http://llm.example.org/v 1",
         "http://[::1",
+        "http://llm..example.org/v1",
+        f"http://{'x' * 64}.example.org/v1",
+        "http://llm.example.org/v1?",
+        "http://llm.example.org/v1#",
     ],
 )
 def test_addresses_that_are_refused(url):
