@@ -1,4 +1,4 @@
-"""Bookmarks: a small JSON API on sqlite3, as it was before, with one line more: `ErrorHandler(app)`.
+"""Bookmarks: a small JSON API on sqlite3, as it was, and one line more: `ErrorHandler(app)`.
 
     flask --app examples/bookmarks/app.py run
 

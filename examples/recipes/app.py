@@ -3,7 +3,7 @@
     RECIPES_MARKET_URL=http://127.0.0.1:8080/prices flask --app examples/recipes/app.py run
 
 One line more, `strategies = CacheStrategies(app, cache=cache)`, puts the strategies over the Cache
-that is there, and one function takes them: `prices` was `@cache.memoize(60)`. What that has changed:
+that is there, and one function uses them: `prices` was `@cache.memoize(60)`. What has changed:
 
 - When its minute was over, each of the threads that were asked asked the market. Now one does.
 - While the market was away, every page with a price was a 500. Now the last prices are shown, for a

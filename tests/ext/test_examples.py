@@ -45,7 +45,8 @@ def serve(name, folder, *options, **env):
         until = time.monotonic() + 30
         while True:
             said = (folder / "gunicorn.log").read_text()
-            assert process.poll() is None and time.monotonic() < until, said
+            assert process.poll() is None, said
+            assert time.monotonic() < until, said
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.05)
@@ -110,7 +111,7 @@ class Market(http.server.BaseHTTPRequestHandler):
     asked = 0
     is_open = True
 
-    def do_GET(self):  # noqa: N802 - http.server's name
+    def do_GET(self):
         Market.asked += 1
         time.sleep(0.3)
         body = json.dumps({"flour": 2, "milk": 1, "eggs": 5, "oats": 3}).encode()
@@ -159,7 +160,7 @@ def test_recipes(tmp_path, market):
 
 
 def test_links(tmp_path):
-    """Two processes with threads have one set of metrics, which a killed one does not take along."""
+    """Two processes with threads have one set of metrics, which outlives a killed one."""
     with serve("links", tmp_path, LINKS_DATABASE=str(tmp_path / "links.db")) as (process, url):
         made = requests.post(url, data="https://example.org/", timeout=30)
         assert made.status_code == 201
