@@ -2,7 +2,9 @@
 
 import ast
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ from pathlib import Path
 import pytest
 from patched import run_patched
 
-PAGE = Path(__file__).parents[2] / "docs" / "guide.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "guide.md"
 
 #: What each section uses, as it was promised: what is called, `_` for a value that stands without
 #: its name. `retry_call` is `retry_async` for plain functions; all else has one name in both forms.
@@ -190,3 +193,24 @@ def test_awaited_form_with_asyncio(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert '"deleted_count"' in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.full_only
+@pytest.mark.claim("The guide's commands run: a file of tests, one test, and coverage as HTML")
+def test_commands(tmp_path, prove):
+    """Each command as the page has it, but for all tests: those of one file."""
+    commands = re.findall(r"^\$ (pytest.*?)(?: *#.*)?$", PAGE.read_text(encoding="utf-8"), re.M)
+    lines = []
+    for command in commands[1:]:
+        words = shlex.split(command)
+        files = [] if "tests/" in command else ["tests/test_error_handling.py"]
+        done = subprocess.run(
+            [sys.executable, "-m", *words, *files],
+            cwd=ROOT, env=os.environ | {"COVERAGE_FILE": str(tmp_path / "coverage")},
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout
+        lines.append(re.search(r"(\d+ passed) in", done.stdout)[1])
+        assert ("--cov" in command) == ("Coverage HTML written to dir htmlcov" in done.stdout)
+    prove.figure(", ".join(lines))
+    assert lines[-1] == "1 passed"
