@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import click
-from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -77,11 +76,6 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or error)
             return _fail(f"the database refused: {' '.join(reason.split())}")
-        except CommandError as error:
-            return _fail(
-                f"the schema of the database is unknown here ({error}); run the newer Muset that "
-                "has made it, or restore a backup from before."
-            )
         except OSError as error:
             return _fail(str(error))
 
