@@ -81,7 +81,16 @@ class Writer:
         patterns: Keys that it writes: deletes of those are its too.
     """
 
-    __slots__ = ("_matchers", "_takes_context", "batch", "coalesces", "fn", "max_attempts", "name")
+    __slots__ = (
+        "_matchers",
+        "_takes_context",
+        "batch",
+        "coalesces",
+        "fn",
+        "max_attempts",
+        "name",
+        "patterns",
+    )
 
     def __init__(
         self,
@@ -98,7 +107,8 @@ class Writer:
         self.coalesces = coalesces
         self.max_attempts = max_attempts
         self.batch = batch
-        self._matchers = [compile_pattern(pattern) for pattern in patterns]
+        self.patterns = list(patterns)
+        self._matchers = [compile_pattern(pattern) for pattern in self.patterns]
         self._takes_context = batch is None and takes_context(fn)
 
     def __repr__(self) -> str:
@@ -331,6 +341,11 @@ class Writers:
     def owner(self, key: str) -> Writer | None:
         """The writer one of whose patterns matches a key."""
         return next((writer for writer in self if writer.owns(key)), None)
+
+    def patterns(self) -> Iterator[str]:
+        """Those of all writers."""
+        for writer in self:
+            yield from writer.patterns
 
     def named(self, name: str) -> Writer:
         """The writer of a record.
