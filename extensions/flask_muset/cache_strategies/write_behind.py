@@ -99,7 +99,7 @@ class WriteBehind:
 
     def concerns(self, key: str) -> bool:
         """Whether something of a key may wait."""
-        return self.is_used and self._is_accepted_here(key)
+        return self._is_accepted_here(key) and self.is_used
 
     def _is_accepted_here(self, key: str) -> bool:
         return not self._owned_only or self.writers.owner(key) is not None

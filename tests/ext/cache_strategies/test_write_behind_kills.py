@@ -170,12 +170,13 @@ def test_kills_with_redis(tmp_path, prove, most, restarts):
 @pytest.mark.claim("kill -9 of processes and of both of two Redis: no accepted write lost")
 def test_kills_with_two_redis(tmp_path, tmp_path_factory, prove):
     """The same where the cache has a Redis of its own, which comes back empty each time."""
-    kills, seed = (1000 if prove.full else 15), 5
+    kills, seed = (1000 if prove.full else 30), 5
     server = RedisServer(tmp_path, *_ALWAYS).start()
     cache_server = RedisServer(tmp_path_factory.mktemp("cache")).start()
     config = {
         "CACHE_STRATEGIES_REDIS_URL": cache_server.url,
         "CACHE_STRATEGIES_JOURNAL_REDIS_URL": server.url,
+        "CACHE_STRATEGIES_REDIS_BUDGET": 2.0,
         "CACHE_STRATEGIES_WRITE_DELAY": 0.02,
     }
     try:
