@@ -302,6 +302,8 @@ def test_the_journal_is_away(make, cache_server, journal_server, way):
     with pytest.raises(CacheUnavailable):
         shop.cache.delete_pattern("user:*")
     assert shop.cache.set("page:3", 3) is True
+    assert shop.cache.write_through("page:4", 4, lambda value: None, 60) is True
+    assert shop.cache.get("page:4") == 4
     if way == "killed":
         journal_server.start()
     else:
