@@ -15,6 +15,9 @@ from flask_muset.signals import Decision
 
 __all__ = ["Bulkhead"]
 
+#: A wait ends before the deadline does: what is cut off by it counts as the dependency's failure.
+_SLACK_S = 0.02
+
 
 class _Waiter(Protocol):
     def wake(self) -> None: ...
@@ -143,7 +146,7 @@ class Bulkhead(Part):
 
     def _seconds(self) -> float:
         left = deadline.remaining()
-        seconds = self.max_wait if left is None else min(self.max_wait, left)
+        seconds = self.max_wait if left is None else min(self.max_wait, left - _SLACK_S)
         if seconds > 0 and SYSTEM.is_virtual:
             SYSTEM.sleep(seconds)  # nobody else runs meanwhile, so nothing becomes free
             return 0.0
