@@ -238,7 +238,9 @@ database = Database(sys.argv[1], policy, pool_size=1)
 
 def one(seconds):
     with deadline(0.3):
-        return database.read(lambda c: c.execute(text(f"SELECT 1 FROM pg_sleep({seconds})")).scalar())
+        return database.read(
+            lambda c: c.execute(text(f"SELECT 1 FROM pg_sleep({seconds})")).scalar()
+        )
 
 def refused():
     try:
@@ -248,9 +250,7 @@ def refused():
 
 with app.app_context():
     database.read(lambda c: None)
-    holder = gevent.spawn(
-        database.read, lambda c: c.execute(text("SELECT pg_sleep(1.5)"))
-    )
+    holder = gevent.spawn(database.read, lambda c: c.execute(text("SELECT pg_sleep(1.5)")))
     gevent.sleep(0.1)
     burst = [gevent.spawn(refused) for _ in range(100)]
     gevent.joinall(burst, raise_error=True)
