@@ -66,7 +66,7 @@ class _Words(NamedTuple):
             return None
         if "stream_options" in asked and "stream_options" in complaint.said:
             return self._replace(knows_stream_options=False)
-        if self.length_key == "max_tokens" in asked and "max_completion_tokens" in complaint.said:
+        if "max_tokens" in asked and "max_completion_tokens" in complaint.said:
             return self._replace(length_key="max_completion_tokens")
         return None
 
@@ -280,7 +280,8 @@ class OpenAIProvider:
         """The error that stands for an answer with an error status."""
         if complaint.is_too_long(status):
             return _too_long(model, complaint.limit)
-        label = redact_text(f"{status} {complaint.label}".rstrip(), self._secrets)
+        names = dict.fromkeys([str(status), *complaint.label.split()])
+        label = redact_text(" ".join(names), self._secrets)
         if status == 401:  # what it says may have a part of the key
             text = f"{self.name} does not take the key ({label})"
             return ExternalServiceError(text, unavailable=True, retryable=False)

