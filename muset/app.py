@@ -1,7 +1,7 @@
 """The application factory."""
 
 import logging as stdlib_logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,7 +49,7 @@ from muset.blueprints.strict_json import StrictJSON
 from muset.ports import Cache, Document, Probe, ScoredPassage, TrackCall, User
 from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
-from muset.services.answering import Answer, Answering, Source
+from muset.services.answering import Answer, Answering, Source, is_declined
 from muset.services.ask import AskService
 from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
@@ -122,7 +122,7 @@ def make_services(
         ask=AskService(
             store,
             cache,
-            _answering(resilience, providers, track),
+            _answering(settings, resilience, providers, track),
             usage,
             spawn=context.spawn,
             times=times,
@@ -143,12 +143,15 @@ def make_services(
 
 
 def _answering(
-    resilience: Resilience, providers: Sequence[Configured], track: TrackCall | None
+    settings: Settings,
+    resilience: Resilience,
+    providers: Sequence[Configured],
+    track: TrackCall | None,
 ) -> Answering:
     """The models, each under a policy of its name; the documents themselves are the last resort."""
     extractive = ExtractiveProvider()
     models = [
-        Source(each.provider, _provider_policy(resilience, each.provider.name, each.policy))
+        Source(each.provider, _provider_policy(settings, resilience, each))
         for each in _models(providers)
     ]
     resort = Source(extractive, resilience.policy(extractive.name))
@@ -162,16 +165,21 @@ def _models(providers: Sequence[Configured]) -> list[Configured]:
     return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
 
 
-def _provider_policy(
-    resilience: Resilience, name: str, overrides: Mapping[str, Mapping[str, Any]]
-) -> Policy:
+def _provider_policy(settings: Settings, resilience: Resilience, configured: Configured) -> Policy:
     """Retries and a breaker as the settings have them; a bulkhead and a time-out if they are asked.
 
     What else is asked of the parts stands in RESILIENCE_POLICIES.
     """
+    name, overrides = configured.provider.name, configured.policy
+    breaker = CircuitBreaker(
+        name,
+        failure_threshold=settings.values["CIRCUIT_BREAKER_THRESHOLD"],
+        recovery_timeout=settings.values["CIRCUIT_BREAKER_TIMEOUT"],
+        ignore=is_declined,
+    )
     limits = [part for part in (Bulkhead(1), Timeout(1.0)) if part.kind in overrides]
     return resilience.policy(
-        name, RetryStrategy, CircuitBreaker, *(part.like(**overrides[part.kind]) for part in limits)
+        name, RetryStrategy, breaker, *(part.like(**overrides[part.kind]) for part in limits)
     )
 
 
