@@ -1,7 +1,7 @@
 """The application factory."""
 
 import logging as stdlib_logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,7 +52,7 @@ from muset.headers import SecurityHeaders
 from muset.ports import Cache, Document, Probe, ScoredPassage, TrackCall, User
 from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
-from muset.services.answering import Answer, Answering, Source
+from muset.services.answering import Answer, Answering, Source, is_declined
 from muset.services.ask import AskService
 from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
@@ -128,7 +128,7 @@ def make_services(
         ask=AskService(
             store,
             cache,
-            _answering(resilience, providers, track),
+            _answering(settings, resilience, providers, track),
             usage,
             spawn=context.spawn,
             times=times,
@@ -150,12 +150,15 @@ def make_services(
 
 
 def _answering(
-    resilience: Resilience, providers: Sequence[Configured], track: TrackCall | None
+    settings: Settings,
+    resilience: Resilience,
+    providers: Sequence[Configured],
+    track: TrackCall | None,
 ) -> Answering:
     """The models, each under a policy of its name; the documents themselves are the last resort."""
     extractive = ExtractiveProvider()
     models = [
-        Source(each.provider, _provider_policy(resilience, each.provider.name, each.policy))
+        Source(each.provider, _provider_policy(settings, resilience, each))
         for each in _models(providers)
     ]
     resort = Source(extractive, resilience.policy(extractive.name))
@@ -169,16 +172,21 @@ def _models(providers: Sequence[Configured]) -> list[Configured]:
     return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
 
 
-def _provider_policy(
-    resilience: Resilience, name: str, overrides: Mapping[str, Mapping[str, Any]]
-) -> Policy:
+def _provider_policy(settings: Settings, resilience: Resilience, configured: Configured) -> Policy:
     """Retries and a breaker as the settings have them; a bulkhead and a time-out if they are asked.
 
     What else is asked of the parts stands in RESILIENCE_POLICIES.
     """
+    name, overrides = configured.provider.name, configured.policy
+    breaker = CircuitBreaker(
+        name,
+        failure_threshold=settings.values["CIRCUIT_BREAKER_THRESHOLD"],
+        recovery_timeout=settings.values["CIRCUIT_BREAKER_TIMEOUT"],
+        ignore=is_declined,
+    )
     limits = [part for part in (Bulkhead(1), Timeout(1.0)) if part.kind in overrides]
     return resilience.policy(
-        name, RetryStrategy, CircuitBreaker, *(part.like(**overrides[part.kind]) for part in limits)
+        name, RetryStrategy, breaker, *(part.like(**overrides[part.kind]) for part in limits)
     )
 
 
@@ -239,12 +247,13 @@ def _wrong_keys(settings: Settings, redis: GuardedRedis | None) -> RateLimit | N
     return limit
 
 
-def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
-    """One client for all that use Redis, where it is set: the service works without it."""
-    if settings.redis_url is None:
+def _redis(app: Flask, settings: Settings, url: str | None, name: str) -> GuardedRedis | None:
+    """One client for all that use a Redis, where it is set: the service works without it."""
+    if url is None:
         return None
     client = GuardedRedis(
-        settings.redis_url,
+        url,
+        name=name,
         max_connections=settings.redis_max_connections,
         prefix=f"muset:{settings.deployment}:",
     )
@@ -282,7 +291,9 @@ def create_app(
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
-    redis = _redis(app, settings)
+    redis = _redis(app, settings, settings.redis_url, "redis")
+    # Evicts what it likes: what waits, breakers, limits and errors are in the other one.
+    cache_redis = _redis(app, settings, settings.cache_redis_url, "cache_redis") or redis
     ErrorHandler(app, redis=redis)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key, redis=redis)
     if redis is None and settings.web_concurrency > 1:
@@ -294,7 +305,7 @@ def create_app(
         )
     if settings.journal_path is not None:
         app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
-    cache = CacheStrategies(app, redis=redis)
+    cache = CacheStrategies(app, redis=cache_redis, journal_redis=redis)
     for kept in (Answer, Document, ScoredPassage, User):
         cache.register(kept)
     app.extensions["muset"] = make_services(
@@ -304,7 +315,7 @@ def create_app(
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
         probes=[
-            *([] if redis is None else [RedisProbe(redis)]),
+            *(RedisProbe(one) for one in dict.fromkeys((redis, cache_redis)) if one is not None),
             StateProbe(partial(sharing_state, app), has_redis=redis is not None),
             JournalProbe(cache.pending),
         ],

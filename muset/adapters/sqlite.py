@@ -19,7 +19,7 @@ from sqlalchemy.pool import QueuePool
 
 from flask_muset.deadline import deadline
 from flask_muset.locks import is_patched
-from muset.adapters.database import SharedProbe, finish, outcome
+from muset.adapters.database import SharedProbe, finish, outcome, places
 from muset.ports import CallPolicy
 
 __all__ = ["Database"]
@@ -27,7 +27,6 @@ __all__ = ["Database"]
 T = TypeVar("T")
 
 _CONNECTIONS = 8
-_POOL_WAIT_S = 5.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
@@ -123,6 +122,7 @@ class Database:
         self._pid = 0
         self._engine: Engine | None = None
         self._run: Run = _run_direct
+        self._places = places(_CONNECTIONS)
         self._write_lock = threading.Lock()
         self._shared = SharedProbe(self._look)
 
@@ -133,7 +133,6 @@ class Database:
                 poolclass=QueuePool,
                 pool_size=_CONNECTIONS,
                 max_overflow=0,
-                pool_timeout=_POOL_WAIT_S,
                 connect_args={"check_same_thread": False},
                 # Texts of users have no place in errors, which go to the log and to dead letters.
                 hide_parameters=True,
@@ -177,7 +176,7 @@ class Database:
     def _transaction(self, work: Callable[[Connection], T], begin: str) -> T:
         engine = self._open()
         deadline.check()
-        with engine.connect() as connection:
+        with self._places, engine.connect() as connection:
             raw: sqlite3.Connection = connection.connection.driver_connection  # type: ignore[assignment]
             unit = connection.info[_UNIT] = _Unit(raw)
 

@@ -279,6 +279,7 @@ def secrets(tmp_path, is_in_file):
     """The variables with all secrets, said in one of the two ways."""
     said = {
         "REDIS_URL": f"redis://user:{SECRET}@127.0.0.1:{free_port()}/0",
+        "CACHE_REDIS_URL": f"redis://user:{SECRET}@127.0.0.1:{free_port()}/1",
         "MUSET_ADMIN_KEY": f"msk_{SECRET}{'x' * 40}",
         "AI_API_KEY": SECRET,
         "DATABASE_URL": f"postgresql://muset:{SECRET}@127.0.0.1:{free_port()}/muset",
