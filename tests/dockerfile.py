@@ -1,13 +1,18 @@
 """Does what a Dockerfile says in a folder, without Docker and without root.
 
-It knows the instructions and options that ours has, and refuses all others. Every path has the
+    python3 tests/dockerfile.py Dockerfile FOLDER
+
+Prints what a container would be started with, as JSON. It knows the instructions and options that ours has, and refuses all others. Every path has the
 prefix of the build argument PREFIX, so nothing outside of the folder is written.
 """
 
 import json
+import os
 import re
 import shutil
-from dataclasses import dataclass, field
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 __all__ = ["Image", "build", "instructions"]
@@ -48,14 +53,12 @@ def instructions(path):
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 
 
-def build(path, prefix, search, run):
+def build(path, prefix):
     """Follow a Dockerfile; the stages share the folder.
 
     Args:
         path: Of the Dockerfile; its folder is what COPY copies from.
         prefix: A new folder, the root of what would be the image.
-        search: The PATH of the first image.
-        run: Runs the words of a command, with `cwd`, `env` (of the image alone) and `check`.
 
     Returns:
         The last stage.
@@ -64,18 +67,18 @@ def build(path, prefix, search, run):
     image, known = Image(), {}
     for name, rest in instructions(path):
         if name == "FROM":
-            image, known = Image({"PATH": search}), {}
+            image, known = Image({"PATH": os.environ["PATH"]}), {}
         elif name == "ARG":
             key, _, default = rest.partition("=")
             known[key] = given.get(key, default)
         elif name in ("CMD", "HEALTHCHECK"):
             image.noted[name] = rest
         else:
-            _follow(name, rest, path.parent, image, known, run)
+            _follow(name, rest, path.parent, image, known)
     return image
 
 
-def _follow(name, rest, context, image, known, run):
+def _follow(name, rest, context, image, known):
     text = _filled(rest, known | image.environ)
     if name == "WORKDIR":
         Path(text).mkdir(parents=True, exist_ok=True)
@@ -85,7 +88,8 @@ def _follow(name, rest, context, image, known, run):
     elif name == "COPY":
         _copy(text.split(), context, Path(image.workdir))
     elif name == "RUN":
-        run(["/bin/sh", "-c", text], cwd=image.workdir, env=image.environ, check=True)
+        environ = os.environ | image.environ
+        subprocess.run(["/bin/sh", "-c", text], cwd=image.workdir, env=environ, check=True)
     elif name in _NOTED:
         image.noted[name] = text
     else:
@@ -120,3 +124,7 @@ def _copy(words, context, workdir):
             name = found.name if target.endswith("/") else ""
             (to / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(found, to / name)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(build(Path(sys.argv[1]), Path(sys.argv[2])))))

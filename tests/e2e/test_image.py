@@ -1,5 +1,6 @@
 """The Dockerfile, done step by step in a folder of its own, and what it makes."""
 
+import json
 import os
 import re
 import shutil
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
-from dockerfile import build, instructions
+from dockerfile import Image, instructions
 from redis_server import free_port
 from test_quickstart import clone, newcomer
 
@@ -51,12 +52,11 @@ def test_image(tmp_path, prove):
     if "user" in user:
         os.chown(prefix, user["user"], user["group"])
     began = time.monotonic()
-
-    def run(words, **options):
-        environ = own | options.pop("env")
-        subprocess.run(words, env=environ, **user, **options)
-
-    image = build(context / "Dockerfile", prefix, own["PATH"], run)
+    script = [context / "tests" / "dockerfile.py", context / "Dockerfile", prefix]
+    built = subprocess.run(
+        ["python3", *script], env=own, stdout=subprocess.PIPE, check=True, text=True, **user
+    )
+    image = Image(**json.loads(built.stdout.splitlines()[-1]))
     built_s = time.monotonic() - began
     port = free_port()
     environ = {
