@@ -25,6 +25,7 @@ check: .venv/.check docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 docs: .venv/.check
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs

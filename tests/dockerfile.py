@@ -2,8 +2,9 @@
 
     python3 tests/dockerfile.py Dockerfile FOLDER
 
-Prints what a container would be started with, as JSON. It knows the instructions and options that ours has, and refuses all others. Every path has the
-prefix of the build argument PREFIX, so nothing outside of the folder is written.
+Prints what a container would be started with, as JSON. It knows the instructions and options that
+ours has, and refuses all others. Every path has the prefix of the build argument PREFIX, so nothing
+outside of the folder is written.
 """
 
 import json
