@@ -20,10 +20,9 @@ RUN mkdir -p ${PREFIX}/empty
 FROM python:3.11.11-slim-bookworm
 ARG PREFIX=
 COPY --from=build ${PREFIX}/opt/muset ${PREFIX}/opt/muset
-COPY wsgi.py gunicorn.conf.py ${PREFIX}/srv/muset/
 # A new volume takes its owner from here.
 COPY --from=build --chown=10001:10001 ${PREFIX}/empty ${PREFIX}/var/lib/muset
-WORKDIR ${PREFIX}/srv/muset
+WORKDIR ${PREFIX}/var/lib/muset
 ENV PATH=${PREFIX}/opt/muset/bin:${PATH} \
     PYTHONDONTWRITEBYTECODE=1 \
     MUSET_DATA_DIR=${PREFIX}/var/lib/muset \

@@ -138,7 +138,7 @@ def test_every_container_has_few_rights():
 
 def test_what_a_stop_takes():
     """Each waits longer for the next than that one takes."""
-    gunicorn = (ROOT / "gunicorn.conf.py").read_text()
+    gunicorn = (ROOT / "muset" / "gunicorn.conf.py").read_text()
     graceful, keepalive = (
         int(re.search(rf"^{name} = (\d+)$", gunicorn, re.MULTILINE)[1])
         for name in ("graceful_timeout", "keepalive")

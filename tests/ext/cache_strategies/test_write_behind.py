@@ -283,7 +283,7 @@ def test_write_through_does_not_go_out_of_turn(place):
 )
 def test_interleaved_puts_and_deletes_end_right(place, prove):
     """With 20 % errors each key ends at its last value; one that always fails is a dead letter."""
-    check_interleaved(place, prove, 10_000 if prove.full else 250)
+    check_interleaved(place, prove, 10_000 if prove.full else 120)
 
 
 def check_interleaved(place, prove, count):

@@ -366,7 +366,7 @@ def values_of(folder):
 @pytest.mark.claim("4 workers, one SQLite journal, kill -9: what was accepted is read at once")
 def test_reads_of_all_workers(tmp_path, prove):
     """A value that one worker has accepted is what every other answers, workers killed or not."""
-    rounds = 300 if prove.full else 15
+    rounds = 300 if prove.full else 6
     config = {
         "CACHE_STRATEGIES_ENABLED": False,
         "CACHE_STRATEGIES_JOURNAL_PATH": "journal.db",
