@@ -221,12 +221,13 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
-def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
-    """One client for all that use Redis, where it is set: the service works without it."""
-    if settings.redis_url is None:
+def _redis(app: Flask, settings: Settings, url: str | None, name: str) -> GuardedRedis | None:
+    """One client for all that use a Redis, where it is set: the service works without it."""
+    if url is None:
         return None
     client = GuardedRedis(
-        settings.redis_url,
+        url,
+        name=name,
         max_connections=settings.redis_max_connections,
         prefix=f"muset:{settings.deployment}:",
     )
@@ -264,7 +265,9 @@ def create_app(
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
-    redis = _redis(app, settings)
+    redis = _redis(app, settings, settings.redis_url, "redis")
+    # Evicts what it likes: what waits, breakers, limits and errors are in the other one.
+    cache_redis = _redis(app, settings, settings.cache_redis_url, "cache_redis") or redis
     ErrorHandler(app, redis=redis)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key, redis=redis)
     if redis is None and settings.web_concurrency > 1:
@@ -276,7 +279,7 @@ def create_app(
         )
     if settings.journal_path is not None:
         app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
-    cache = CacheStrategies(app, redis=redis)
+    cache = CacheStrategies(app, redis=cache_redis, journal_redis=redis)
     for kept in (Answer, Document, ScoredPassage, User):
         cache.register(kept)
     app.extensions["muset"] = make_services(
@@ -286,7 +289,7 @@ def create_app(
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
         probes=[
-            *([] if redis is None else [RedisProbe(redis)]),
+            *(RedisProbe(one) for one in dict.fromkeys((redis, cache_redis)) if one is not None),
             StateProbe(partial(sharing_state, app), has_redis=redis is not None),
             JournalProbe(cache.pending),
         ],

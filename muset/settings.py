@@ -206,6 +206,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Connections to Redis of one worker process.",
     ),
     Setting(
+        "CACHE_REDIS_URL",
+        None,
+        _url("redis", "rediss", "unix"),
+        "A second Redis for what is only cached, which may evict; unset means REDIS_URL.",
+        secret=True,
+    ),
+    Setting(
         "LOG_FILE_MAX_BYTES",
         100_000_000,
         _integer(0, 1 << 40),
@@ -409,8 +416,14 @@ class Settings:
         return url
 
     @property
+    def cache_redis_url(self) -> str | None:
+        """URL of the Redis of what is only cached, None for that of all else."""
+        url: str | None = self.values["CACHE_REDIS_URL"]
+        return url
+
+    @property
     def redis_max_connections(self) -> int:
-        """Connections to Redis of one worker process."""
+        """Connections to each Redis of one worker process."""
         return int(self.values["REDIS_MAX_CONNECTIONS"])
 
     @property
@@ -493,6 +506,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             f"RETRY_MAX_DELAY must be at least RETRY_INITIAL_DELAY "
             f"({values['RETRY_INITIAL_DELAY']:g}), got {values['RETRY_MAX_DELAY']:g}."
         )
+    if values["CACHE_REDIS_URL"] is not None and values["REDIS_URL"] is None:
+        yield "CACHE_REDIS_URL is beside REDIS_URL, which has what must not be lost; set both."
     one = [name for name in ("AI_BASE_URL", "AI_API_KEY", "AI_MODEL") if values[name] is not None]
     if one and values["AI_PROVIDERS"] is not None:
         yield f"AI_PROVIDERS and {', '.join(one)} are two ways to say the same; unset one of them."
