@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from patched import run_patched
-from redis_server import RedisServer, SlowWay, running
+from redis_server import RedisServer, SlowWay
 
 from flask_muset import redis as guarded
 from flask_muset.cache_strategies import redis_journal
@@ -18,9 +18,7 @@ from flask_muset.cache_strategies.envelope import unpack
 from flask_muset.cache_strategies.journal import Failure, State
 from flask_muset.cache_strategies.journal_conformance import JournalSuite
 from flask_muset.cache_strategies.redis_journal import RedisJournal
-from flask_muset.cache_strategies.split_store import SplitStore
 from flask_muset.cache_strategies.tiered_store import TieredStore
-from flask_muset.cache_strategies.writers import Declarations, Writers
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.errors import (
@@ -94,48 +92,6 @@ class TestRedisJournal(JournalSuite):
     @pytest.fixture
     def other_journal(self, make_beside, namespace):
         return make_beside(namespace)
-
-
-@pytest.fixture(scope="class")
-def cache_server(tmp_path_factory):
-    """A second server, for what is only cached."""
-    with running(tmp_path_factory.mktemp("redis"), "--maxmemory-policy", "allkeys-lru") as server:
-        yield server
-
-
-class TestRedisJournalOfTwo(TestRedisJournal):
-    """The same where the cache has a Redis of its own, and all is read through both."""
-
-    @pytest.fixture
-    def make_beside(self, shared_server, cache_server):
-        """A function that makes a journal on the records of a namespace."""
-        writers, made = Declarations(), []
-        writers.declare("owner", patterns=["*"])(print)
-
-        def make(name, **options):
-            clients = [
-                GuardedRedis(server.url, budget_s=EASY, prefix=f"muset:{name}:")
-                for server in (cache_server, shared_server)
-            ]
-            stores = [TieredStore(client, max_bytes=2**20) for client in clients]
-            store = SplitStore(*stores, Writers([writers]))
-            made.extend([store, *clients])
-            return SplitJournal(store, clients[1], **{"lease_s": self.lease_s, **options})
-
-        yield make
-        for one in made:
-            one.close()
-
-
-class SplitJournal:
-    """A journal, and the store of two that its entries are read through."""
-
-    def __init__(self, store, redis, **options):
-        self.store = store
-        self._journal = RedisJournal(store.owned, redis, **options)
-
-    def __getattr__(self, name):
-        return getattr(self._journal, name)
 
 
 @pytest.fixture
@@ -736,9 +692,7 @@ def test_a_writer_that_is_cut_off(redis_server):
     code = f"""
         from flask_muset.cache_strategies.entry import Entry
         from flask_muset.cache_strategies.redis_journal import RedisJournal
-        from flask_muset.cache_strategies.split_store import SplitStore
-from flask_muset.cache_strategies.tiered_store import TieredStore
-from flask_muset.cache_strategies.writers import Declarations, Writers
+        from flask_muset.cache_strategies.tiered_store import TieredStore
         from flask_muset.clock import SYSTEM
         from flask_muset.redis import GuardedRedis
 
