@@ -26,6 +26,7 @@ check: .venv/.check docs dist
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python deploy/audit.py
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 docs: .venv/.check
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
