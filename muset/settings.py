@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 HIDDEN = "********"
+_CONTAINER_SECRETS = Path("/run/secrets")
 
 
 class SettingsError(ValueError):
@@ -559,7 +560,13 @@ def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]
 
 
 def is_exposed(path: Path) -> bool:
-    """Whether there is a file of secrets that everybody on this machine can read."""
+    """Whether there is a file of secrets that everybody on this machine can read.
+
+    In a container "everybody" is this service: /run/secrets, where its secrets are put, is no file
+    of this machine's.
+    """
+    if _CONTAINER_SECRETS in path.parents:
+        return False
     return path.exists() and bool(path.stat().st_mode & stat.S_IROTH)
 
 
