@@ -25,6 +25,7 @@ check: .venv/.check docs dist
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/check_audit.py
 	$(BIN)/python deploy/audit.py
 	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from redis_server import free_port
 
-AUDIT = Path(__file__).parents[2] / "deploy" / "audit.py"
+AUDIT = Path(__file__).parents[1] / "deploy" / "audit.py"
 PINNED = "flask==3.1.3\nurllib3==2.8.0\n"
 
 
