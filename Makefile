@@ -5,7 +5,7 @@ DEMO_PORT ?= 8100
 PIN := -c constraints.txt
 SOURCES := setup.cfg extensions/setup.cfg constraints.txt Makefile
 
-.PHONY: run demo test check bench prove clean docs generate
+.PHONY: run demo test check dist bench prove clean docs generate
 
 run: .venv/.run
 	@exec $(BIN)/muset serve
@@ -21,13 +21,24 @@ test: .venv/.test .venv-ext/.test
 	.venv-ext/bin/python -m pytest -q -n auto --dist loadfile tests/ext
 	$(BIN)/python -m pytest -q -n auto --dist loadfile tests --ignore=tests/ext
 
-check: .venv/.check docs
+check: .venv/.check docs dist
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/check_audit.py
+	$(BIN)/python deploy/audit.py
+	$(BIN)/check-jsonschema -q --builtin-schema vendor.compose-spec deploy/compose.yaml
 
 docs: .venv/.check
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+# Both distributions; the wheels are tried in an environment of their own.
+dist: .venv/.check
+	rm -rf dist
+	$(BIN)/python -m build -q --no-isolation --outdir dist extensions
+	$(BIN)/python -m build -q --no-isolation --outdir dist .
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/check_dist.py
 
 bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/http_instructions.py
@@ -47,7 +58,8 @@ prove: .venv/.test .venv-bench/.bench
 	$(BIN)/python -m pytest -q --prove tests
 
 clean:
-	rm -rf .venv .venv-ext .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-ext .venv-bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	  htmlcov .coverage
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

@@ -1,4 +1,4 @@
-"""Makes the alert rules and the dashboard of the metrics' table and the objectives.
+"""Makes the alert rules, the dashboard and nginx's errors of the tables that define them.
 
 make generate
 """
@@ -6,6 +6,10 @@ make generate
 import json
 from pathlib import Path
 
+from werkzeug.http import HTTP_STATUS_CODES
+
+from flask_muset.error_handler.render import PROBLEM_TYPE, Answer, Form, render
+from flask_muset.errors import TABLE, ErrorCategory
 from flask_muset.metrics.registry import BY_NAME, METRICS, Kind, Row
 from muset.objectives import OBJECTIVES, Objective
 from muset.objectives import Kind as ObjectiveKind
@@ -38,6 +42,23 @@ WATCHED = (
         None,
         "Write-behind: writes that were accepted could not be brought to the database.",
     ),
+)
+
+
+#: What nginx answers itself: the statuses it has for it, what is answered, and after how many
+#: seconds the same request may succeed. 494 and 497 are nginx's own: a head that is too large, and
+#: plain HTTP on a port for TLS; 501 and 505 are for encodings and versions that it does not know.
+NGINX_ERRORS = (
+    ((400, 497, 501, 505), 400, ErrorCategory.VALIDATION, "The request cannot be read.", None),
+    ((405,), 405, ErrorCategory.VALIDATION, "The method is not allowed.", None),
+    ((408,), 408, ErrorCategory.TIMEOUT, "The request took too long to arrive.", 1),
+    ((413,), 413, ErrorCategory.VALIDATION, "The request is too large.", None),
+    ((414,), 414, ErrorCategory.VALIDATION, "The address is too long.", None),
+    ((494,), 431, ErrorCategory.VALIDATION, "The headers are too large.", None),
+    ((429,), 429, ErrorCategory.RATE_LIMIT, "Too many connections from this address.", 1),
+    ((500,), 500, ErrorCategory.INTERNAL, TABLE[ErrorCategory.INTERNAL].message, None),
+    ((502, 503), 502, ErrorCategory.EXTERNAL_SERVICE, "The service did not answer.", 1),
+    ((504,), 504, ErrorCategory.TIMEOUT, "The service took too long.", 1),
 )
 
 
@@ -233,10 +254,37 @@ def dashboard() -> dict[str, object]:
     }
 
 
+def nginx_errors() -> str:
+    """Errors of nginx itself in the form of the service's."""
+    form = Form(PROBLEM_TYPE, json.dumps, "/errors")
+    blocks = []
+    for own, status, category, message, wait_s in NGINX_ERRORS:
+        row = TABLE[category]
+        answer = Answer(
+            row.error, message, category, row.severity, wait_s is not None, status, wait_s
+        )
+        content_type, body = render(
+            answer, "$edge_path", "$edge_request_id", form, details={}, errors=()
+        )
+        # Python's own phrases differ from version to version.
+        text = json.dumps(json.loads(body) | {"title": HTTP_STATUS_CODES[status]})
+        numbers = " ".join(map(str, own))
+        retry = "" if wait_s is None else f"    add_header Retry-After {wait_s} always;\n"
+        blocks.append(
+            f"error_page {numbers} = /_nginx/{status};\nlocation = /_nginx/{status} {{\n"
+            f"    internal;\n    default_type {content_type};\n"
+            f"    add_header X-Request-ID $edge_request_id always;\n{retry}"
+            f"    return {status} '{text}';\n}}\n"
+        )
+    return "".join(blocks)
+
+
 def files() -> dict[Path, str]:
     """What is generated, by its path."""
     head = "# Made by deploy/generate.py from the metrics' table and the objectives.\n"
+    of_errors = "# Made by deploy/generate.py from the table of errors.\n"
     return {
+        DEPLOY / "nginx" / "errors.conf": of_errors + nginx_errors(),
         DEPLOY / "prometheus" / "rules.yml": head + yaml(rules()),
         DEPLOY / "grafana" / "muset.json": json.dumps(dashboard(), indent=1) + "\n",
     }

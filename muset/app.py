@@ -1,13 +1,14 @@
 """The application factory."""
 
 import logging as stdlib_logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from flask import Flask
 from sqlalchemy import Engine
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from flask_muset import (
     CacheStrategies,
@@ -26,6 +27,7 @@ from flask_muset.resilience import (
     Bulkhead,
     CircuitBreaker,
     Policy,
+    RateLimit,
     RetryBudget,
     RetryStrategy,
     Timeout,
@@ -46,10 +48,11 @@ from muset.adapters.usage_sums import UsageSumStore
 from muset.adapters.users import UserStore
 from muset.blueprints import admin, ask, auth, documents, health, openapi, search, usage, users
 from muset.blueprints.strict_json import StrictJSON
+from muset.headers import SecurityHeaders
 from muset.ports import Cache, Document, Probe, ScoredPassage, TrackCall, User
 from muset.providers.config import Configured, load_providers
 from muset.providers.extractive import ExtractiveProvider
-from muset.services.answering import Answer, Answering, Source
+from muset.services.answering import Answer, Answering, Source, is_declined
 from muset.services.ask import AskService
 from muset.services.dead_letters import DeadLetterService
 from muset.services.documents import DocumentService
@@ -86,6 +89,7 @@ class Services:
     usage: UsageReport
     dead_letters: DeadLetterService
     probes: Sequence[Probe]
+    wrong_keys: RateLimit | None
 
 
 def make_services(
@@ -98,6 +102,7 @@ def make_services(
     probes: Sequence[Probe] = (),
     providers: Sequence[Configured] = (),
     times: Times | None = None,
+    wrong_keys: RateLimit | None = None,
 ) -> Services:
     """Wire the adapters into the services, each under its policy; nothing is opened yet.
 
@@ -110,6 +115,7 @@ def make_services(
         probes: Of what is used beside the database.
         providers: Models that answer, in order; without any the documents answer themselves.
         times: Of streams; None for the usual ones.
+        wrong_keys: How many of them may come from one address; None for any number.
     """
     database, index = _database(settings, _database_policy(resilience), instrument)
     store = SqlDocumentStore(database, index)
@@ -122,7 +128,7 @@ def make_services(
         ask=AskService(
             store,
             cache,
-            _answering(resilience, providers, track),
+            _answering(settings, resilience, providers, track),
             usage,
             spawn=context.spawn,
             times=times,
@@ -139,16 +145,20 @@ def make_services(
         preferences=PreferenceService(SqlPreferenceStore(database), cache),
         dead_letters=DeadLetterService(cache),
         probes=(database, *probes),
+        wrong_keys=wrong_keys,
     )
 
 
 def _answering(
-    resilience: Resilience, providers: Sequence[Configured], track: TrackCall | None
+    settings: Settings,
+    resilience: Resilience,
+    providers: Sequence[Configured],
+    track: TrackCall | None,
 ) -> Answering:
     """The models, each under a policy of its name; the documents themselves are the last resort."""
     extractive = ExtractiveProvider()
     models = [
-        Source(each.provider, _provider_policy(resilience, each.provider.name, each.policy))
+        Source(each.provider, _provider_policy(settings, resilience, each))
         for each in _models(providers)
     ]
     resort = Source(extractive, resilience.policy(extractive.name))
@@ -162,16 +172,21 @@ def _models(providers: Sequence[Configured]) -> list[Configured]:
     return [each for each in providers if not isinstance(each.provider, ExtractiveProvider)]
 
 
-def _provider_policy(
-    resilience: Resilience, name: str, overrides: Mapping[str, Mapping[str, Any]]
-) -> Policy:
+def _provider_policy(settings: Settings, resilience: Resilience, configured: Configured) -> Policy:
     """Retries and a breaker as the settings have them; a bulkhead and a time-out if they are asked.
 
     What else is asked of the parts stands in RESILIENCE_POLICIES.
     """
+    name, overrides = configured.provider.name, configured.policy
+    breaker = CircuitBreaker(
+        name,
+        failure_threshold=settings.values["CIRCUIT_BREAKER_THRESHOLD"],
+        recovery_timeout=settings.values["CIRCUIT_BREAKER_TIMEOUT"],
+        ignore=is_declined,
+    )
     limits = [part for part in (Bulkhead(1), Timeout(1.0)) if part.kind in overrides]
     return resilience.policy(
-        name, RetryStrategy, CircuitBreaker, *(part.like(**overrides[part.kind]) for part in limits)
+        name, RetryStrategy, breaker, *(part.like(**overrides[part.kind]) for part in limits)
     )
 
 
@@ -221,12 +236,24 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
-def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
-    """One client for all that use Redis, where it is set: the service works without it."""
-    if settings.redis_url is None:
+def _wrong_keys(settings: Settings, redis: GuardedRedis | None) -> RateLimit | None:
+    """The limit on wrong keys of one address, shared by all workers like any other."""
+    if settings.wrong_keys_per_minute == 0:
+        return None
+    limit = RateLimit(settings.wrong_keys_per_minute, 60.0)
+    limit.name = "wrong_keys"
+    if redis is not None:
+        limit.share(redis, limit.name)
+    return limit
+
+
+def _redis(app: Flask, settings: Settings, url: str | None, name: str) -> GuardedRedis | None:
+    """One client for all that use a Redis, where it is set: the service works without it."""
+    if url is None:
         return None
     client = GuardedRedis(
-        settings.redis_url,
+        url,
+        name=name,
         max_connections=settings.redis_max_connections,
         prefix=f"muset:{settings.deployment}:",
     )
@@ -264,7 +291,9 @@ def create_app(
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
-    redis = _redis(app, settings)
+    redis = _redis(app, settings, settings.redis_url, "redis")
+    # Evicts what it likes: what waits, breakers, limits and errors are in the other one.
+    cache_redis = _redis(app, settings, settings.cache_redis_url, "cache_redis") or redis
     ErrorHandler(app, redis=redis)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key, redis=redis)
     if redis is None and settings.web_concurrency > 1:
@@ -276,7 +305,7 @@ def create_app(
         )
     if settings.journal_path is not None:
         app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
-    cache = CacheStrategies(app, redis=redis)
+    cache = CacheStrategies(app, redis=cache_redis, journal_redis=redis)
     for kept in (Answer, Document, ScoredPassage, User):
         cache.register(kept)
     app.extensions["muset"] = make_services(
@@ -286,12 +315,13 @@ def create_app(
         instrument=partial(_within, app, instrument_sqlalchemy),
         track=track_ai_request,
         probes=[
-            *([] if redis is None else [RedisProbe(redis)]),
+            *(RedisProbe(one) for one in dict.fromkeys((redis, cache_redis)) if one is not None),
             StateProbe(partial(sharing_state, app), has_redis=redis is not None),
             JournalProbe(cache.pending),
         ],
         providers=providers,
         times=times,
+        wrong_keys=_wrong_keys(settings, redis),
     )
     resilience.init_app(app)
     for blueprint in (
@@ -306,4 +336,18 @@ def create_app(
         openapi.make_docs(),
     ):
         app.register_blueprint(blueprint)
+    for path in settings.exposed_files:
+        _log.warning("%s has a secret and can be read by everybody here; chmod o-r it", path)
+    _wrap(app, settings.trusted_proxies)
     return app
+
+
+def _wrap(app: Flask, proxies: int) -> None:
+    """Put the layers round the app that see each request first and each answer last."""
+    app.wsgi_app = SecurityHeaders(app.wsgi_app).__call__  # type: ignore[method-assign]
+    if proxies:
+        # Outermost, so that all that look at an address see the client's. What the client says of
+        # itself stands further to the left in X-Forwarded-For than what the proxies say.
+        app.wsgi_app = ProxyFix(  # type: ignore[method-assign]
+            app.wsgi_app, x_for=proxies, x_proto=proxies, x_host=0, x_port=0, x_prefix=0
+        )

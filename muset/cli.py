@@ -22,7 +22,6 @@ from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 import click
-from alembic.util import CommandError
 from flask import current_app
 from sqlalchemy import make_url
 from sqlalchemy.exc import SQLAlchemyError
@@ -77,11 +76,6 @@ def _guarded(command: Callable[..., Any]) -> Callable[..., Any]:
         except SQLAlchemyError as error:
             reason = str(getattr(error, "orig", None) or error)
             return _fail(f"the database refused: {' '.join(reason.split())}")
-        except CommandError as error:
-            return _fail(
-                f"the schema of the database is unknown here ({error}); run the newer Muset that "
-                "has made it, or restore a backup from before."
-            )
         except OSError as error:
             return _fail(str(error))
 
@@ -106,16 +100,6 @@ def _open(settings: Settings) -> Services:
 
 
 # --- serve ----------------------------------------------------------------------------------------
-
-
-def _root() -> Path:
-    """The folder with gunicorn.conf.py: the checkout that holds this package, else the current."""
-    for folder in (Path(__file__).resolve().parent.parent, Path.cwd()):
-        if (folder / "gunicorn.conf.py").is_file() and (folder / "wsgi.py").is_file():
-            return folder
-    raise click.ClickException(
-        "gunicorn.conf.py and wsgi.py are not here; run `muset serve` in Muset's folder."
-    )
 
 
 def _check_port(settings: Settings) -> None:
@@ -157,7 +141,6 @@ def _announce(key: str) -> None:
 def serve() -> None:
     """Migrate the database, make the first admin key, and serve with gunicorn."""
     settings = load_settings()
-    root = _root()
     _check_port(settings)
     _check_log_file(settings)
     services = _open(settings)
@@ -177,10 +160,9 @@ def serve() -> None:
         """-d '{"question": "What does Muset do?"}'"""
     )
     sys.stdout.flush()
-    # Paths in the environment are relative to where the command was given.
-    os.environ["MUSET_DATA_DIR"] = str(settings.data_dir)
-    command = [sys.executable, "-m", "gunicorn", "-c", str(root / "gunicorn.conf.py")]
-    os.execv(sys.executable, [*command, "--chdir", str(root), "wsgi:app"])  # noqa: S606
+    config = str(Path(__file__).with_name("gunicorn.conf.py"))
+    command = [sys.executable, "-m", "gunicorn", "-c", config, "muset.app:create_app()"]
+    os.execv(sys.executable, command)  # noqa: S606
 
 
 # --- keys -----------------------------------------------------------------------------------------
@@ -509,11 +491,14 @@ def show_objectives(url: str | None, key: str | None) -> None:
     """
     settings = load_settings()
     url = url or f"http://{settings.host}:{settings.port}/metrics"
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     if urlsplit(url).scheme not in ("http", "https"):
         _fail(f"--url must begin with http:// or https://, got {url!r}.", 2)
+    asked = Request(url)  # noqa: S310
+    if key:
+        # A redirect may lead to somebody else.
+        asked.add_unredirected_header("Authorization", f"Bearer {key}")
     try:
-        with urlopen(Request(url, headers=headers), timeout=10) as answer:  # noqa: S310
+        with urlopen(asked, timeout=10) as answer:  # noqa: S310
             findings = judge(answer.read(_MAX_METRICS_BYTES).decode())
     except (OSError, HTTPException) as error:
         _fail(f"{url} cannot be read ({error}); is the service running, and ENABLE_METRICS true?")

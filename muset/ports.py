@@ -277,6 +277,14 @@ class Tokens:
     estimated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class CutShort:
+    """The text was ended by a limit of the provider's own, so it may lack its end."""
+
+
+Piece = Delta | Cited | CutShort | Tokens
+
+
 class StreamingProvider(Protocol):
     """A source of answers.
 
@@ -290,14 +298,15 @@ class StreamingProvider(Protocol):
     models: tuple[Model, ...]
     has_markers: bool
 
-    def stream(self, question: ModelQuestion) -> Iterator[Delta | Cited | Tokens]:
+    def stream(self, question: ModelQuestion) -> Iterator[Piece]:
         """Answer from the passages alone; no text at all means that they do not say it.
 
         The iterator ends only when the answer is complete. Closing it, also while it waits, closes
         the connection.
 
         Raises:
-            ExternalServiceError: It was cut off or cannot be read (502); or `unavailable` (503):
+            ExternalServiceError: It was cut off or cannot be read (502), or, not `retryable`, this
+                question is declined, which says nothing about the next one; or `unavailable` (503):
                 refused, asked too often (with its `retry_after`), or, not `retryable`, the
                 provider does not take our key.
             OperationTimeoutError: No token for the idle time (504).

@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_network
@@ -9,9 +10,18 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-__all__ = ["HIDDEN", "SETTINGS", "Setting", "Settings", "SettingsError", "load_settings"]
+__all__ = [
+    "HIDDEN",
+    "SETTINGS",
+    "Setting",
+    "Settings",
+    "SettingsError",
+    "is_exposed",
+    "load_settings",
+]
 
 HIDDEN = "********"
+_CONTAINER_SECRETS = Path("/run/secrets")
 
 
 class SettingsError(ValueError):
@@ -101,6 +111,15 @@ def _networks(text: str) -> tuple[str, ...]:
             ip_network(name, strict=False)
     except ValueError:
         raise ValueError("addresses or networks such as 10.0.0.0/8, separated by commas") from None
+    return names
+
+
+def _hosts(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip().lower() for name in text.split(",") if name.strip())
+    if not all(re.fullmatch(r"[a-z0-9._:-]{1,253}", name) for name in names):
+        raise ValueError(
+            "hosts such as llm.example.org or 192.0.2.1, without ports, separated by commas"
+        )
     return names
 
 
@@ -206,6 +225,13 @@ SETTINGS: tuple[Setting, ...] = (
         "Connections to Redis of one worker process.",
     ),
     Setting(
+        "CACHE_REDIS_URL",
+        None,
+        _url("redis", "rediss", "unix"),
+        "A second Redis for what is only cached, which may evict; unset means REDIS_URL.",
+        secret=True,
+    ),
+    Setting(
         "LOG_FILE_MAX_BYTES",
         100_000_000,
         _integer(0, 1 << 40),
@@ -227,6 +253,18 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("MUSET_HOST", "127.0.0.1", _text, "Address that the service listens on."),
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
     Setting("WEB_CONCURRENCY", 1, _integer(1, 1024), "Worker processes."),
+    Setting(
+        "MUSET_TRUSTED_PROXIES",
+        0,
+        _integer(0, 10),
+        "Proxies in a row before the service, whose X-Forwarded-For and -Proto are believed.",
+    ),
+    Setting(
+        "MUSET_WRONG_KEYS_PER_MINUTE",
+        20,
+        _integer(0, 1_000_000),
+        "Wrong keys a minute from one client address, 0 for no limit of their own.",
+    ),
     Setting(
         "MUSET_DEPLOYMENT",
         "default",
@@ -270,6 +308,13 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("AI_API_KEY", None, _text, "The key for AI_BASE_URL.", secret=True),
     Setting("AI_MODEL", None, _text, "The model that AI_BASE_URL is asked for."),
+    Setting(
+        "AI_INSECURE_HOSTS",
+        (),
+        _hosts,
+        "Hosts of model servers that may get a key over plain http, or have an address of a "
+        "cloud's metadata, separated by commas.",
+    ),
     Setting(
         "AI_IDLE_TIMEOUT",
         10.0,
@@ -316,6 +361,16 @@ class Settings:
     def web_concurrency(self) -> int:
         """Number of worker processes."""
         return int(self.values["WEB_CONCURRENCY"])
+
+    @property
+    def trusted_proxies(self) -> int:
+        """Proxies in a row before the service."""
+        return int(self.values["MUSET_TRUSTED_PROXIES"])
+
+    @property
+    def wrong_keys_per_minute(self) -> int:
+        """Wrong keys a minute from one client address, 0 for no limit of their own."""
+        return int(self.values["MUSET_WRONG_KEYS_PER_MINUTE"])
 
     @property
     def log_level(self) -> str:
@@ -409,8 +464,14 @@ class Settings:
         return url
 
     @property
+    def cache_redis_url(self) -> str | None:
+        """URL of the Redis of what is only cached, None for that of all else."""
+        url: str | None = self.values["CACHE_REDIS_URL"]
+        return url
+
+    @property
     def redis_max_connections(self) -> int:
-        """Connections to Redis of one worker process."""
+        """Connections to each Redis of one worker process."""
         return int(self.values["REDIS_MAX_CONNECTIONS"])
 
     @property
@@ -441,6 +502,18 @@ class Settings:
         """Its model."""
         model: str | None = self.values["AI_MODEL"]
         return model
+
+    @property
+    def ai_insecure_hosts(self) -> tuple[str, ...]:
+        """Hosts of model servers that may have any address, and get a key over plain http."""
+        hosts: tuple[str, ...] = self.values["AI_INSECURE_HOSTS"]
+        return hosts
+
+    @property
+    def exposed_files(self) -> tuple[Path, ...]:
+        """The files of secrets that everybody on this machine can read."""
+        named = (self.environ.get(f"{s.name}_FILE") for s in SETTINGS if s.secret)
+        return tuple(Path(name) for name in named if name and is_exposed(Path(name)))
 
     @property
     def ai_idle_timeout_s(self) -> float:
@@ -486,6 +559,17 @@ def _raw(setting: Setting, environ: Mapping[str, str]) -> tuple[str | None, str]
         raise ValueError(f"a readable file in {setting.name}_FILE ({error})") from None
 
 
+def is_exposed(path: Path) -> bool:
+    """Whether there is a file of secrets that everybody on this machine can read.
+
+    In a container "everybody" is this service: /run/secrets, where its secrets are put, is no file
+    of this machine's.
+    """
+    if _CONTAINER_SECRETS in path.parents:
+        return False
+    return path.exists() and bool(path.stat().st_mode & stat.S_IROTH)
+
+
 def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
     """What is allowed by itself and not with the rest."""
     if values["RETRY_MAX_DELAY"] < values["RETRY_INITIAL_DELAY"]:
@@ -493,6 +577,8 @@ def _contradictions(values: Mapping[str, Any]) -> Iterator[str]:
             f"RETRY_MAX_DELAY must be at least RETRY_INITIAL_DELAY "
             f"({values['RETRY_INITIAL_DELAY']:g}), got {values['RETRY_MAX_DELAY']:g}."
         )
+    if values["CACHE_REDIS_URL"] is not None and values["REDIS_URL"] is None:
+        yield "CACHE_REDIS_URL is beside REDIS_URL, which has what must not be lost; set both."
     one = [name for name in ("AI_BASE_URL", "AI_API_KEY", "AI_MODEL") if values[name] is not None]
     if one and values["AI_PROVIDERS"] is not None:
         yield f"AI_PROVIDERS and {', '.join(one)} are two ways to say the same; unset one of them."

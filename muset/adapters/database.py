@@ -9,6 +9,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from flask_muset.clock import SYSTEM
 from flask_muset.errors import DatabaseError
 from flask_muset.locks import is_patched
+from flask_muset.resilience import Bulkhead, Policy
 from flask_muset.translate import translate
 from muset.models import Base
 
@@ -22,11 +23,14 @@ __all__ = [
     "is_outage",
     "may_repeat",
     "outcome",
+    "places",
 ]
 
 T = TypeVar("T")
 
 _PROBE_HOLDS_S = 1.0
+#: Seconds that a place in the pool is waited for, within the deadline.
+_PLACE_WAIT_S = 5.0
 #: A cancel may come between two statements, where it does nothing, so it is repeated.
 _CANCEL_AGAIN_S = 0.02
 
@@ -80,6 +84,18 @@ def is_outage(error: BaseException) -> bool:
 def may_repeat(error: BaseException) -> bool:
     """Whether a unit of work that ended so has changed nothing and may succeed the next time."""
     return is_outage(error) and not isinstance(error, OutcomeUnknownError)
+
+
+def places(limit: int) -> Policy:
+    """The places in a pool of connections, which is never waited for itself.
+
+    Whoever waits there until his deadline is cut off, as by a database that does not answer. Here
+    he is told before that that the service is busy, which says nothing about the database.
+
+    Args:
+        limit: Connections of the pool.
+    """
+    return Policy("database_connections", [Bulkhead(limit, max_wait=_PLACE_WAIT_S)])
 
 
 def insert_if_new(

@@ -17,14 +17,13 @@ from sqlalchemy.exc import DBAPIError
 from flask_muset.deadline import deadline
 from flask_muset.errors import DatabaseError
 from flask_muset.locks import is_patched, run_beside
-from muset.adapters.database import OutcomeUnknownError, SharedProbe, finish, outcome
+from muset.adapters.database import OutcomeUnknownError, SharedProbe, finish, outcome, places
 from muset.ports import CallPolicy
 
 __all__ = ["Database"]
 
 T = TypeVar("T")
 
-_POOL_WAIT_S = 5.0
 _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 #: Races are settled by constraints and row locks, which this level waits for; see the stores.
 _WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -67,6 +66,7 @@ class Database:
         self._policy = policy
         self._instrument = instrument
         self._pool_size = pool_size
+        self._places = places(pool_size)
         self._pid = 0
         self._engine: Engine | None = None
         self._probe = SharedProbe(lambda: None)
@@ -74,10 +74,7 @@ class Database:
     def _open(self) -> Engine:
         if self._engine is None or self._pid != os.getpid():
             engine = self._make_engine(
-                poolclass=QueuePool,
-                pool_size=self._pool_size,
-                max_overflow=0,
-                pool_timeout=_POOL_WAIT_S,
+                poolclass=QueuePool, pool_size=self._pool_size, max_overflow=0
             )
             if self._instrument is not None:
                 self._instrument(engine)
@@ -111,7 +108,7 @@ class Database:
 
     def _read(self, work: Callable[[Connection], T]) -> T:
         # There is nothing to keep; the transaction ends when the connection is given back.
-        with self._begun(_READ) as connection:
+        with self._places, self._begun(_READ) as connection:
             return work(connection)
 
     def write(self, work: Callable[[Connection], T]) -> T:
@@ -127,7 +124,7 @@ class Database:
     def _write(self, work: Callable[[Connection], T]) -> T:
         # What ends without a COMMIT is rolled back when the connection is given back; one that was
         # cut off within a statement is closed.
-        with self._begun(_WRITE) as connection:
+        with self._places, self._begun(_WRITE) as connection:
             result = work(connection)
             deadline.check()
             _commit(connection)

@@ -11,10 +11,10 @@ __all__ = ["RedisProbe", "StateProbe"]
 class RedisProbe:
     """Implements `muset.ports.Probe`: without Redis the service is degraded, not gone."""
 
-    name = "redis"
     is_needed = False
 
     def __init__(self, client: GuardedRedis) -> None:
+        self.name = client.name
         self._client = client
 
     def check(self, timeout_s: float) -> None:

@@ -20,9 +20,10 @@ from urllib.parse import quote
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
 from sqlalchemy.pool import NullPool, QueuePool
 
-from flask_muset.deadline import deadline
+from flask_muset.deadline import Expired, deadline
+from flask_muset.errors import OverloadedError
 from flask_muset.locks import has_lasting_hub, is_patched, original
-from muset.adapters.database import SharedProbe, compute, finish, outcome
+from muset.adapters.database import SharedProbe, compute, finish, outcome, places
 from muset.ports import CallPolicy
 
 __all__ = ["Database"]
@@ -30,7 +31,6 @@ __all__ = ["Database"]
 T = TypeVar("T")
 
 _CONNECTIONS = 8
-_POOL_WAIT_S = 5.0
 #: How long SQLite itself waits for a lock. It waits in a native thread, of which there are few, so
 #: the longer waits are the policy's, where waiting takes nothing from anybody.
 _BUSY_TIMEOUT_MS = 250
@@ -48,11 +48,14 @@ class _Unit:
         self._lock = original("_thread", "allocate_lock")()
         self._raw: sqlite3.Connection | None = None
         self._is_cancelled = False
+        #: Whether it has had its turn.
+        self.has_begun = False
 
     def begin(self, raw: sqlite3.Connection) -> None:
         """Use a connection, till `end`."""
         with self._lock:
             self._raw = raw
+            self.has_begun = not self._is_cancelled
         self.check()
 
     def end(self) -> None:
@@ -219,6 +222,7 @@ class Database:
         self._pid = 0
         self._engine: Engine | None = None
         self._threads: _Threads | None = None
+        self._places = places(_CONNECTIONS)
         self._write_lock = threading.Lock()
         self._shared = SharedProbe(self._look)
 
@@ -227,8 +231,7 @@ class Database:
             self._threads = None
             pool: dict[str, Any] = {"poolclass": NullPool}
             if not is_patched():
-                sizes = {"pool_size": _CONNECTIONS, "max_overflow": 0}
-                pool = {"poolclass": QueuePool, "pool_timeout": _POOL_WAIT_S, **sizes}
+                pool = {"poolclass": QueuePool, "pool_size": _CONNECTIONS, "max_overflow": 0}
             engine = create_engine(
                 self._url,
                 **pool,
@@ -277,11 +280,17 @@ class Database:
         unit = _Unit()
         do = partial(_transact, work, begin, unit)
         if not (is_patched() and has_lasting_hub()):
-            with engine.connect() as connection:
+            with self._places, engine.connect() as connection:
                 return do(connection)
         if self._threads is None:
             self._threads = _Threads(engine)
-        return self._threads.run(do, unit.cancel)
+        try:
+            return self._threads.run(do, unit.cancel)
+        except Expired:
+            if unit.has_begun:
+                raise
+            # To a breaker a time in line must not look like the database's.
+            raise OverloadedError("the database's line is too long for the time left") from None
 
     def check(self, timeout_s: float) -> None:
         """Return if the database answers in time.

@@ -5,8 +5,8 @@ from typing import Any
 from flask import Request, current_app, request
 
 from flask_muset.context import current_exchange
-from flask_muset.errors import AuthenticationError, AuthorizationError
-from flask_muset.resilience import UNLIMITED
+from flask_muset.errors import AuthenticationError, AuthorizationError, MusetError, RateLimitError
+from flask_muset.resilience import UNLIMITED, RateLimit, network_of
 from muset.ports import Principal
 from muset.services.keys import KeyService
 
@@ -20,7 +20,7 @@ _WHO = "muset.principal"
 
 def _authenticate(incoming: Request) -> Principal:
     """Look the key up, once for each request, whatever comes of it."""
-    found: Principal | AuthenticationError | None = incoming.environ.get(_WHO)
+    found: Principal | MusetError | None = incoming.environ.get(_WHO)
     if found is None:
         # Not `incoming.authorization`: reading other schemes raises at some of what is no base64.
         scheme, _, key = incoming.headers.get("Authorization", "").partition(" ")
@@ -29,20 +29,33 @@ def _authenticate(incoming: Request) -> Principal:
             found = keys.authenticate(key.strip() if scheme.lower() == "bearer" else None)
         except AuthenticationError as error:
             found = error.with_traceback(None)
+            if scheme:
+                found = _too_many_wrong_keys(incoming) or found
         incoming.environ[_WHO] = found
         exchange = current_exchange.get()
         if exchange is not None and isinstance(found, Principal):
             exchange.user = str(found.user_id)
-    if isinstance(found, AuthenticationError):
+    if isinstance(found, MusetError):
         raise found
     return found
+
+
+def _too_many_wrong_keys(incoming: Request) -> RateLimitError | None:
+    """Count a wrong key against its client's address; valid keys from there are not concerned."""
+    limit: RateLimit | None = current_app.extensions["muset"].wrong_keys
+    try:
+        if limit is not None:
+            limit.enter(f"address {network_of(incoming.remote_addr)}")
+    except RateLimitError as error:
+        return error.with_traceback(None)
+    return None
 
 
 def rate_limit_key(incoming: Request) -> Any:
     """Whose limit a request counts against.
 
-    A valid key has its own; an invalid one counts against the client's address, so that it cannot
-    be tried without end. The files of the docs page have no limit: one look at it takes ten.
+    A valid key has its own; whoever has none counts by the client's address, and wrong keys have a
+    narrower limit beside it. The files of the docs page have no limit: one look at it takes ten.
     """
     if incoming.blueprint == "swagger_ui":
         return UNLIMITED
@@ -55,7 +68,11 @@ def rate_limit_key(incoming: Request) -> Any:
 
 
 def is_admin(incoming: Request) -> bool:
-    """Whether a request has the key of an admin."""
+    """Whether a request has the key of an admin.
+
+    Raises:
+        RateLimitError: Its address has sent too many wrong ones.
+    """
     try:
         return _authenticate(incoming).is_admin
     except AuthenticationError:

@@ -1,5 +1,8 @@
 """The OpenAPI document of exactly what is served, and its page."""
 
+import re
+from base64 import b64encode
+from hashlib import sha256
 from typing import Any
 
 from flask import Blueprint, Flask, Response, jsonify, request
@@ -15,6 +18,8 @@ from muset import __version__
 __all__ = ["json_body", "json_object", "make_blueprint", "make_docs", "spec"]
 
 PATH = "/api/v1/openapi.json"
+#: The one style that Swagger UI writes into the page.
+LOGO_STYLE = ".logo_small_svg__cls-2{fill:#fff}.logo_small_svg__cls-3{fill:#85ea2d}"
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 
 
@@ -164,7 +169,38 @@ def make_blueprint(app: Flask) -> Blueprint:
 
 def make_docs() -> Blueprint:
     """Swagger UI from the package's own files: no other host is asked for anything."""
-    page: Blueprint = get_swaggerui_blueprint(
-        "/docs", PATH, config={"app_name": "Muset", "validatorUrl": None, "deepLinking": True}
-    )
+    config = {
+        "app_name": "Muset",
+        "validatorUrl": None,
+        "deepLinking": True,
+        # Else it is made of the request, and no script of the page may be made of that.
+        "oauth2RedirectUrl": None,
+    }
+    page: Blueprint = get_swaggerui_blueprint("/docs", PATH, config=config)
+    kept: list[str] = []
+
+    @page.after_request
+    def restrict(response: Response) -> Response:
+        """Let the page use its own files and the one script in it, which is always the same."""
+        is_page = response.status_code == 200 and response.mimetype == "text/html"
+        if is_page and not response.direct_passthrough:
+            if not kept:
+                kept.append(_policy(response.get_data(as_text=True)))
+            response.headers["Content-Security-Policy"] = kept[0]
+        return response
+
     return page
+
+
+def _policy(page: str) -> str:
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    return (
+        f"default-src 'none'; script-src 'self' {' '.join(map(_source, scripts))}; "
+        f"style-src 'self' {_source(LOGO_STYLE)}; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+def _source(text: str) -> str:
+    """What stands in a policy for a script or style inside the page."""
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"

@@ -4,6 +4,7 @@ A kind of provider is an entry point of the group `muset.providers`: its name is
 what it names is called with a `ProviderConfig` and returns a `muset.ports.StreamingProvider`.
 """
 
+import logging
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,10 +18,11 @@ from flask_muset.redaction import redact_text
 from flask_muset.resilience import Bulkhead, CircuitBreaker, RetryStrategy, Timeout
 from flask_muset.resilience.guards import Part
 from muset.ports import Model, StreamingProvider
-from muset.settings import HIDDEN, Settings, SettingsError
+from muset.settings import HIDDEN, Settings, SettingsError, is_exposed
 
 __all__ = ["Configured", "ProviderConfig", "is_sendable", "load_providers"]
 
+_log = logging.getLogger(__name__)
 _GROUP = "muset.providers"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}", re.ASCII)
@@ -47,6 +49,8 @@ class ProviderConfig:
         api_key: Printable ASCII without spaces.
         idle_timeout_s: Seconds without a token, once the first has come, after which it gives up.
         options: What the kind alone knows.
+        insecure_hosts: Hosts that the operator lets have any address, and get a key over plain
+            http.
     """
 
     name: str
@@ -55,6 +59,7 @@ class ProviderConfig:
     api_key: str | None = field(default=None, repr=False)
     idle_timeout_s: float = 10.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    insecure_hosts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +97,7 @@ def load_providers(settings: Settings) -> tuple[Configured, ...]:
         base_url=settings.ai_base_url,
         api_key=None if settings.ai_api_key is None else entry.key(settings.ai_api_key),
         idle_timeout_s=settings.ai_idle_timeout_s,
+        insecure_hosts=settings.ai_insecure_hosts,
     )
     return (Configured(entry.make("openai", config), {}),)
 
@@ -137,6 +143,7 @@ def _configured(entry: "_Entry", name: str, settings: Settings) -> Configured:
         api_key=entry.api_key(settings),
         idle_timeout_s=settings.ai_idle_timeout_s,
         options=_without_decimals(entry.table("options")),
+        insecure_hosts=settings.ai_insecure_hosts,
     )
     return Configured(entry.make(kind, config), entry.policy())
 
@@ -205,6 +212,8 @@ class _Entry:
         assert settings.ai_providers is not None  # noqa: S101 - it was read from there
         path = settings.ai_providers.parent / file
         try:
+            if is_exposed(path):
+                _log.warning("%s has a key and can be read by everybody here; chmod o-r it", path)
             with path.open("rb") as opened:
                 return opened.read(_MAX_KEY_BYTES).decode().strip()
         except (OSError, UnicodeDecodeError) as error:

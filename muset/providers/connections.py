@@ -2,7 +2,8 @@
 
 http.client takes an answer apart. How long each step may take and what becomes of the connection is
 decided here: one whose answer was not read to its end is closed, never drained and never used
-again. Nothing is sent twice, no redirect is followed, no proxy used.
+again. Nothing is sent twice, no redirect is followed, no proxy used, and what a name stands for is
+looked up once and checked before anything goes there.
 """
 
 import re
@@ -10,7 +11,7 @@ import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from http.client import (
     HTTP_PORT,
@@ -30,6 +31,7 @@ from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.errors import ExternalServiceError, OperationTimeoutError, OverloadedError
 from flask_muset.locks import give_lock, original
+from muset.providers.addresses import refusal, refusal_of_name
 
 __all__ = ["Call", "Server"]
 
@@ -52,16 +54,31 @@ class Server:
     Args:
         name: For people.
         base_url: `http://` or `https://`, a host, perhaps a port and a path.
+        has_key: Whether what is sent there has a key in it.
+        insecure_hosts: For these neither the address nor the key matters.
 
     Raises:
         ValueError: The URL is another one; the text says what is wrong, not what it is.
     """
 
-    def __init__(self, name: str, base_url: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        *,
+        has_key: bool = False,
+        insecure_hosts: Collection[str] = (),
+    ) -> None:
         self._idle: deque[tuple[float, HTTPConnection]] = deque()
         self.name = name
         self._is_tls, self._host, self._port, self.path = _parts_of(base_url)
         self._is_address = _is_address(self._host)
+        self._is_checked = self._host not in insecure_hosts
+        self._key_in_clear = has_key and not self._is_tls
+        if self._is_checked:
+            reason = refusal_of_name(self._host, key_in_clear=self._key_in_clear)
+            if reason is not None:
+                raise ValueError(f"must be another one: {reason}")
         self._tls: ssl.SSLContext | None = None
         self._inherited: deque[tuple[float, HTTPConnection]] | None = None
         self._busy = 0
@@ -111,13 +128,37 @@ class Server:
         # Without a port http.client looks for one in the host, and IPv6 addresses have colons.
         if self._is_tls:
             port = self._port or HTTPS_PORT
-            connection: Any = HTTPSConnection(self._host, port, context=self._tls)
+            made: Any = HTTPSConnection(self._host, port, context=self._tls)
         else:
-            connection = HTTPConnection(self._host, self._port or HTTP_PORT)
-        if self._is_address:
-            connection._create_connection = _connected
-        made: HTTPConnection = connection
-        return made
+            made = HTTPConnection(self._host, self._port or HTTP_PORT)
+        made._create_connection = self._connected
+        connection: HTTPConnection = made
+        return connection
+
+    def _connected(self, address: tuple[str, int], timeout: float, *_: object) -> socket.socket:
+        """Connect to the very addresses that were looked at, so that no name can change between."""
+        host, port = address
+        found = [host] if self._is_address else _addresses_of(host, port)
+        for each in found:
+            self.check(each)
+        for each in found[:-1]:
+            with suppress(OSError):  # the next one may answer
+                return _connected((each, port), timeout)
+        return _connected((found[-1], port), timeout)
+
+    def check(self, address: str) -> None:
+        """Look at what the host's name stands for.
+
+        Raises:
+            ExternalServiceError: Nothing may be sent there.
+        """
+        reason = self._is_checked and refusal(address, key_in_clear=self._key_in_clear)
+        if reason:
+            raise ExternalServiceError(
+                f"{self.name} is not asked because of the address of {self._host}: {reason}",
+                unavailable=True,
+                retryable=False,
+            )
 
     def _forked(self) -> None:
         """In a child, which must not close what its parent uses, and can close nothing yet."""
@@ -128,13 +169,14 @@ def _parts_of(base_url: str) -> tuple[bool, str, int | None, str]:
     try:
         parts = urlsplit(base_url)
         host, port = parts.hostname, parts.port
+        (host or "").encode("idna")  # as the look-up will do it
     except ValueError as error:
         raise ValueError(f"cannot be read as a URL ({error})") from None
     if parts.scheme not in ("http", "https") or not host:
         raise ValueError("must begin with http:// or https:// and name a host")
     if parts.username is not None or parts.password is not None:
         raise ValueError("must bear no credentials; put the key into api_key_env or api_key_file")
-    if not re.fullmatch(r"[!-~]+", base_url) or parts.query or parts.fragment:
+    if not re.fullmatch(r"[!-~]+", base_url) or "?" in base_url or "#" in base_url:
         raise ValueError("must be ASCII without spaces, ? and #")
     return parts.scheme == "https", host, port, parts.path.rstrip("/")
 
@@ -147,7 +189,12 @@ def _is_address(host: str) -> bool:
     return True
 
 
-def _connected(address: tuple[str, int], timeout: float, *_: object) -> socket.socket:
+def _addresses_of(host: str, port: int) -> list[str]:
+    found = socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM)
+    return [str(entry[4][0]) for entry in found]
+
+
+def _connected(address: tuple[str, int], timeout: float) -> socket.socket:
     """What `socket.create_connection` does, which has addresses looked up as if they were names.
 
     gevent does that in native threads, where it waits for whatever else they have to do.

@@ -9,6 +9,7 @@ from muset.ports import (
     Delta,
     Model,
     ModelQuestion,
+    Piece,
     Retrieval,
     ScoredPassage,
     Span,
@@ -51,7 +52,7 @@ class ExtractiveProvider:
     models: tuple[Model, ...] = (Model("extractive"),)
     has_markers = False
 
-    def stream(self, question: ModelQuestion) -> Iterator[Delta | Cited | Tokens]:
+    def stream(self, question: ModelQuestion) -> Iterator[Piece]:
         """Quote at most four sentences, or say nothing where the passages do not cover it.
 
         `max_tokens` is the number of words: sentences that do not fit are left out.

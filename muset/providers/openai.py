@@ -1,8 +1,8 @@
 """Answers from any server that speaks OpenAI's chat completions."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -18,27 +18,57 @@ from flask_muset.errors import (
 from flask_muset.redaction import redact_text
 from flask_muset.translate import retry_after_s
 from muset import __version__
-from muset.ports import Cited, Delta, Model, ModelQuestion, Tokens
+from muset.ports import CutShort, Delta, Model, ModelQuestion, Piece, Tokens
 from muset.providers.config import ProviderConfig, is_sendable
 from muset.providers.connections import Call, Server
-from muset.providers.openai_format import Chunk, Complaint, Text, complaint_of, tokens_of
+from muset.providers.openai_format import Chunk, Complaint, Text, complaint_of, name_of, tokens_of
 from muset.providers.prompt import Beginning, messages_of
 from muset.providers.sse import Event, EventReader
 from muset.services.text import estimated_tokens
 
 __all__ = ["OpenAIProvider", "from_config"]
 
-Piece = Delta | Cited | Tokens
-
 _PATH = "/chat/completions"
 _DONE = b"[DONE]"
 _MAX_EVENT_BYTES = 1 << 20
+#: Of the text that is passed on.
+_MAX_TEXT_BYTES = 256 << 10
+#: Of a stream, whose events are some hundred times as long as the few letters that each has.
 _MAX_ANSWER_BYTES = 32 << 20
 _MAX_COMPLAINT_BYTES = 64 << 10
 #: Seconds for the first token where no deadline says it, as on the command line.
 _FIRST_TOKEN_S = 60.0
 #: How much longer than a deadline the socket waits, so that the deadline is what ends it.
 _SLACK_S = 0.005
+#: Seconds after which a server is asked in the usual words again: it may be another one by then.
+_LEARNED_S = 3600.0
+_NOT_UNDERSTOOD = (400, 422)
+
+
+class _Words(NamedTuple):
+    """In which words a question is asked."""
+
+    length_key: str = "max_tokens"
+    knows_stream_options: bool = True
+
+    def body(self, question: ModelQuestion, messages: list[dict[str, str]]) -> dict[str, Any]:
+        """The request."""
+        asked: dict[str, Any] = {"model": question.model, "messages": messages, "stream": True}
+        if self.knows_stream_options:
+            asked["stream_options"] = {"include_usage": True}
+        if question.max_tokens is not None:
+            asked[self.length_key] = question.max_tokens
+        return asked
+
+    def others(self, asked: dict[str, Any], status: int, complaint: Complaint) -> "_Words | None":
+        """Other words, which may be taken where these were not."""
+        if status not in _NOT_UNDERSTOOD or complaint.is_too_long(status):
+            return None
+        if "stream_options" in asked and "stream_options" in complaint.said:
+            return self._replace(knows_stream_options=False)
+        if "max_tokens" in asked and "max_completion_tokens" in complaint.said:
+            return self._replace(length_key="max_completion_tokens")
+        return None
 
 
 class OpenAIProvider:
@@ -50,6 +80,7 @@ class OpenAIProvider:
         models: The first one is used where none is asked for.
         api_key: Sent as a bearer token; None for a server that wants none.
         idle_timeout_s: Seconds without a token, once the first has come.
+        insecure_hosts: Hosts that may have any address, and get a key over plain http.
 
     Raises:
         ValueError: The URL or the key cannot be used; the text does not show them.
@@ -65,20 +96,22 @@ class OpenAIProvider:
         *,
         api_key: str | None = None,
         idle_timeout_s: float = 10.0,
+        insecure_hosts: Collection[str] = (),
     ) -> None:
         self.name = name
         self.models = models
         try:
-            self._server = Server(name, base_url)
+            self._server = Server(
+                name, base_url, has_key=api_key is not None, insecure_hosts=insecure_hosts
+            )
         except ValueError as error:
             raise ValueError(f"base_url {error}") from None
         if api_key is not None and not is_sendable(api_key):
             raise ValueError("the API key must be printable ASCII without spaces, and not empty")
         self._api_key = api_key
         self._idle_timeout_s = idle_timeout_s
-        #: What the server has refused is not sent again.
-        self._knows_stream_options = True
-        self._length_key = "max_tokens"
+        #: By model, until when which other words are used, because the usual ones were not taken.
+        self._learned: dict[str, tuple[float, _Words]] = {}
 
     def __repr__(self) -> str:
         return f"<OpenAIProvider {self.name!r}>"
@@ -110,6 +143,8 @@ class OpenAIProvider:
             text = self._rest(reply)
             if text:
                 yield Delta(text)
+            if reply.finish_reason == "length" and question.max_tokens is None:
+                yield CutShort()
             yield reply.tokens or _estimated(messages, reply.characters)
             call.finish()
         finally:
@@ -118,24 +153,27 @@ class OpenAIProvider:
     # --- the request ---
 
     def _post(self, call: Call, question: ModelQuestion, messages: list[dict[str, str]]) -> None:
-        """Send the question; without what the server turns out not to know."""
+        """Send the question; in other words if the server turns out not to take these."""
+        words = known = self._words(question.model)
         while True:
-            asked: dict[str, Any] = {
-                "model": question.model,
-                "messages": messages,
-                "stream": True,
-            }
-            if self._knows_stream_options:
-                asked["stream_options"] = {"include_usage": True}
-            if question.max_tokens is not None:
-                asked[self._length_key] = question.max_tokens
+            asked = words.body(question, messages)
             call.post(_PATH, msgspec.json.encode(asked), self._headers())
             if call.status == 200:
-                return
+                break
             complaint = self._complaint(call)
-            if not self._has_learned(asked, call.status, complaint):
+            others = words.others(asked, call.status, complaint)
+            if others is None:
+                if call.status in _NOT_UNDERSTOOD:  # what was learned may not hold any more
+                    self._learned.pop(question.model, None)
                 wait_s = retry_after_s(call.headers)
                 raise self._error(call.status, complaint, question.model, wait_s)
+            words = others
+        if words != known:
+            self._learned[question.model] = SYSTEM.now() + _LEARNED_S, words
+
+    def _words(self, model: str) -> _Words:
+        until, words = self._learned.get(model, (0.0, _Words()))
+        return words if SYSTEM.now() < until else _Words()
 
     def _complaint(self, call: Call) -> Complaint:
         try:
@@ -154,25 +192,13 @@ class OpenAIProvider:
             headers["Authorization"] = f"Bearer {self._api_key}"
         return tracing.inject(headers)
 
-    def _has_learned(self, asked: dict[str, Any], status: int, complaint: Complaint) -> bool:
-        """Whether the same question, asked in other words, may be taken."""
-        if status not in (400, 422) or complaint.is_too_long(status):
-            return False
-        if "stream_options" in asked and "stream_options" in complaint.text:
-            self._knows_stream_options = False
-            return True
-        if "max_tokens" in asked and "max_completion_tokens" in complaint.text:
-            self._length_key = "max_completion_tokens"
-            return True
-        return False
-
     # --- the answer ---
 
     def _events(self, call: Call, reply: "_Reply") -> Iterator[Event]:
         """The events of a stream; the body of a server that does not stream, as one."""
         if "json" in call.headers.get("Content-Type", "").lower():
-            body = call.read_all(_MAX_ANSWER_BYTES + 1)
-            self._check_length(len(body))
+            body = call.read_all(_MAX_EVENT_BYTES + 1)
+            self._check_length(len(body), _MAX_EVENT_BYTES)
             yield Event(b"", body)
             reply.is_done = True
             return
@@ -187,9 +213,11 @@ class OpenAIProvider:
         try:
             while data := self._read(call, reply):
                 received += len(data)
-                self._check_length(received)
+                self._check_length(received, _MAX_ANSWER_BYTES)
                 yield from reader.feed(data)
-            yield from reader.end()
+            # Half an event behind the last word is half a bill.
+            if reply.finish_reason is None:
+                yield from reader.end()
         except ValueError as error:
             self._malformed(str(error))
 
@@ -202,9 +230,9 @@ class OpenAIProvider:
                 raise
             return b""
 
-    def _check_length(self, received: int) -> None:
-        if received > _MAX_ANSWER_BYTES:
-            self._malformed(f"an answer of more than {_MAX_ANSWER_BYTES} bytes")
+    def _check_length(self, found: int, most: int, what: str = "an answer") -> None:
+        if found > most:
+            self._malformed(f"{what} of more than {most} bytes")
 
     def _chunk(self, event: Event, question: ModelQuestion) -> Chunk:
         if event.name == b"error":
@@ -230,17 +258,19 @@ class OpenAIProvider:
             raise ExternalServiceError(
                 f"{self.name} refuses to answer this question", retryable=False
             )
-        return reply.take(choice.text)
+        text = reply.take(choice.text)
+        self._check_length(reply.text_bytes, _MAX_TEXT_BYTES, "a text")
+        return text
 
     def _rest(self, reply: "_Reply") -> str:
         """The text that was held back to the end of an answer, which must be complete.
 
-        An answer that was ended by the limit of its length is: whoever asked has set the limit.
+        An answer that was ended by the limit of its length is.
         """
         if not reply.is_done and reply.finish_reason is None:
             raise ExternalServiceError(f"{self.name} ended the answer before its end")
         if reply.is_blank:
-            self._malformed(f"an answer without text (finish_reason {reply.finish_reason!r})")
+            self._malformed(f"an answer without text (ended by {name_of(reply.finish_reason)!r})")
         return reply.beginning.end()
 
     # --- what goes wrong ---
@@ -254,19 +284,21 @@ class OpenAIProvider:
         """The error that stands for an answer with an error status."""
         if complaint.is_too_long(status):
             return _too_long(model, complaint.limit)
-        label = f"{status} {redact_text(complaint.code, self._secrets)}".rstrip()
+        names = dict.fromkeys([str(status), *complaint.label.split()])
+        label = redact_text(" ".join(names), self._secrets)
         if status == 401:  # what it says may have a part of the key
             text = f"{self.name} does not take the key ({label})"
             return ExternalServiceError(text, unavailable=True, retryable=False)
-        said = redact_text(complaint.said, self._secrets)
-        text = f"{self.name} answered with {label}: {said}"
+        # Its sentences may repeat the question and the passages, which no log may have.
+        text = f"{self.name} answered with {label}"
         if status == 403:
             return ExternalServiceError(text, unavailable=True, retryable=False)
         if status in (429, 503):
             return ExternalServiceError(text, unavailable=True, retry_after=wait_s)
         if 300 <= status < 400:
             text += " (redirects are not followed: set base_url to where this one leads)"
-        return ExternalServiceError(text, retryable=None if status >= 500 else False)
+        may_pass = status >= 500 or status == 408
+        return ExternalServiceError(text, retryable=None if may_pass else False)
 
     @property
     def _secrets(self) -> tuple[str, ...]:
@@ -335,7 +367,7 @@ class _Reply:
         self.is_done = False
         self.finish_reason: str | None = None
         self.tokens: Tokens | None = None
-        self.characters = 0
+        self.characters = self.text_bytes = 0
 
     def take(self, text: Text) -> str:
         """Take note of the next piece; returns the text that may go on."""
@@ -345,6 +377,7 @@ class _Reply:
         if not content:
             return ""
         self.characters += len(content)
+        self.text_bytes += len(content.encode())
         self.is_blank = self.is_blank and content.isspace()
         return self.beginning.feed(content)
 
@@ -394,4 +427,5 @@ def from_config(config: ProviderConfig) -> OpenAIProvider:
         config.models,
         api_key=config.api_key,
         idle_timeout_s=config.idle_timeout_s,
+        insecure_hosts=config.insecure_hosts,
     )

@@ -7,11 +7,12 @@ import msgspec
 
 from muset.ports import Tokens
 
-__all__ = ["Choice", "Chunk", "Complaint", "Text", "complaint_of", "tokens_of"]
+__all__ = ["Choice", "Chunk", "Complaint", "Text", "complaint_of", "name_of", "tokens_of"]
 
 _MOST_TOKENS = 1_000_000_000
-
-_MAX_SAID = 500
+#: A name, as servers have them for what is wrong; other words may be those of the question.
+_NAME = re.compile(r"[\w.[\]-]{1,64}", re.ASCII)
+_MAX_DETAILS = 5
 
 
 class Text(msgspec.Struct):
@@ -64,21 +65,22 @@ class Complaint(msgspec.Struct, frozen=True):
 
     Attributes:
         code: Its short name, empty where it has none.
-        said: For the log, as it was sent: it may have secrets.
-        text: All of it, to search in.
+        label: Code, type and parameter, for the log; they may still have secrets.
+        said: Its sentences and the parameters that they speak of, to search in. What is searched
+            for may be there because it was asked, so what follows from it must do no harm.
         limit: Tokens that the model takes, where that is told.
     """
 
     code: str
+    label: str
     said: str
-    text: str
     limit: int | None = None
 
     def is_too_long(self, status: int) -> bool:
         """Whether the question is too long for the model, if this came with an HTTP status."""
         if self.code in _TOO_LONG_CODES:
             return True
-        return status in (400, 413, 422) and _TOO_LONG.search(self.text) is not None
+        return status in (400, 413, 422) and _TOO_LONG.search(self.said) is not None
 
     @property
     def status(self) -> int:
@@ -100,7 +102,10 @@ _LIMIT = re.compile(
     r"(?:context (?:length|window|size)|tokens allowed)\D{0,12}(\d{2,9})|(\d{2,9}) maximum",
     re.IGNORECASE,
 )
-_STATUSES = {"rate_limit": 429, "quota": 429, "overloaded": 503, "api_key": 401}
+_STATUSES = {
+    "rate_limit": 429, "quota": 429, "overloaded": 503, "api_key": 401,
+    "content_filter": 400, "content_policy": 400, "invalid_request": 400,
+}  # fmt: skip
 
 
 def complaint_of(error: Any) -> Complaint:
@@ -113,15 +118,33 @@ def complaint_of(error: Any) -> Complaint:
         error = _decoded(error)
     if isinstance(error, dict) and error.get("error"):
         error = error["error"]
-    text = error if isinstance(error, str) else msgspec.json.encode(error).decode()
     if not isinstance(error, dict):
-        return Complaint("", text[:_MAX_SAID], text)
-    message = error.get("message")
-    said = message if isinstance(message, str) else text
-    code = str(error.get("code") or error.get("type") or "")
-    if error.get("type") in _TOO_LONG_CODES:
-        code = error["type"]
-    return Complaint(code[:_MAX_SAID], said[:_MAX_SAID], text, _limit(error.get("n_ctx"), said))
+        return Complaint("", "", error if isinstance(error, str) else "")
+    kind, code = (name_of(error.get(key)) for key in ("type", "code"))
+    details = _details(error.get("detail"))
+    params = [name_of(error.get("param")), *(_path(each.get("loc")) for each in details)]
+    said = [error.get("message"), error.get("detail"), *(each.get("msg") for each in details)]
+    texts = " ".join(text for text in [*params, *said] if isinstance(text, str))
+    label = " ".join(dict.fromkeys(name for name in (code, kind, *params) if name))
+    if not code or kind in _TOO_LONG_CODES:
+        code = kind
+    return Complaint(code, label, texts, _limit(error.get("n_ctx"), texts))
+
+
+def name_of(value: Any) -> str:
+    """A short name as it was sent, empty where there is none."""
+    text = str(value) if isinstance(value, str | int) and value else ""
+    return text if _NAME.fullmatch(text) else ""
+
+
+def _details(detail: Any) -> list[dict[str, Any]]:
+    """The first entries of a list such as pydantic's."""
+    entries = detail[:_MAX_DETAILS] if isinstance(detail, list) else []
+    return [entry for entry in entries if isinstance(entry, dict)]
+
+
+def _path(parts: Any) -> str:
+    return name_of(".".join(map(str, parts))) if isinstance(parts, list) else ""
 
 
 def _decoded(body: bytes) -> Any:

@@ -54,6 +54,8 @@ class EventReader:
         yield from self.feed(b"\n\n")
 
     def _lines(self, piece: bytes) -> Iterator[bytes]:
+        if not piece:
+            return
         if self._is_after_cr:
             piece = piece.removeprefix(b"\n")
         self._is_after_cr = piece.endswith(b"\r")

@@ -29,9 +29,11 @@ from muset.ports import (
     CallPolicy,
     Citation,
     Cited,
+    CutShort,
     Delta,
     Model,
     ModelQuestion,
+    Piece,
     Retrieval,
     StreamingProvider,
     Tokens,
@@ -41,7 +43,17 @@ from muset.services.citations import Markers
 from muset.services.streaming import Meta, Sink
 from muset.services.text import estimated_tokens
 
-__all__ = ["UNSURE", "Account", "Answer", "Answering", "Asking", "Attempt", "Outcome", "Source"]
+__all__ = [
+    "UNSURE",
+    "Account",
+    "Answer",
+    "Answering",
+    "Asking",
+    "Attempt",
+    "Outcome",
+    "Source",
+    "is_declined",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -419,11 +431,14 @@ class _Draft:
         #: Characters from the provider.
         self.received = 0
         self.tokens: Tokens | None = None
+        self._is_cut_short = False
 
-    def take(self, item: Delta | Cited | Tokens) -> str:
+    def take(self, item: Piece) -> str:
         """Take the next item in; the text that may go on."""
         if isinstance(item, Tokens):
             self.tokens = item
+        elif isinstance(item, CutShort):
+            self._is_cut_short = True
         elif isinstance(item, Cited):
             self._cited.append(item.citation)
         else:
@@ -446,10 +461,10 @@ class _Draft:
         return Tokens(estimated_tokens(sent), estimated_tokens(self.received), estimated=True)
 
     def answer(self, provider: str, model: str) -> Answer:
-        """The whole of it: certain only if each statement's source is there."""
+        """The whole of it: certain only if that it is, and each statement's source is there."""
         citations = self._cited if self._markers is None else self._markers.citations
         has_invented = self._markers is not None and self._markers.has_invented
-        is_sure = self.received and citations and not has_invented
+        is_sure = self.received and citations and not has_invented and not self._is_cut_short
         return Answer(
             text="".join(self.text),
             status=AnswerStatus.ANSWERED if is_sure else AnswerStatus.UNSURE,
@@ -468,6 +483,19 @@ class _SentError(ExternalServiceError):
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error), retryable=False)
         self.error = error
+
+
+def is_declined(error: BaseException) -> bool:
+    """Whether a call has failed because of what was asked: the next question may be answered.
+
+    If it were held against the provider, whoever asks such questions could open its circuit for
+    everybody.
+    """
+    if isinstance(error, _SentError):
+        error = error.error
+    if not isinstance(error, ExternalServiceError):
+        return False
+    return not (error.retryable or error.unavailable)
 
 
 def _end_deadlines(outer: Scope | None) -> None:

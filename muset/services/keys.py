@@ -114,7 +114,7 @@ class KeyService:
         if not key or not _KEY.fullmatch(key):
             raise AuthenticationError(
                 "no key, or not one of ours",
-                user_message="Send a valid key as a bearer token in the Authorization header.",
+                user_message="Send a valid key in the Authorization header, after the word Bearer.",
             )
         digest, now = _digest(key), self._now()
         holds: KeyRecord | None = None

@@ -17,6 +17,7 @@ _log = logging.getLogger(__name__)
 _BATCH = 100
 #: Seconds for which the cache keeps an entry; nobody reads it there.
 _KEPT_S = 1.0
+_PREFIX = "usage:"
 
 
 class _Running(Protocol):
@@ -47,7 +48,10 @@ class UsageService:
         self._wall = wall
         self._beside = beside
         # Once: a journal knows it by the name, the cache by its identity.
-        self._writer = cache.writer("usage.ledger", coalesce=False, batch=_BATCH)(self._write)
+        declare = cache.writer(
+            "usage.ledger", coalesce=False, batch=_BATCH, patterns=[f"{_PREFIX}*"]
+        )
+        self._writer = declare(self._write)
 
     def record(
         self,
@@ -83,7 +87,9 @@ class UsageService:
 
     def _keep(self, entry: dict[str, Any]) -> None:
         try:
-            if not self._cache.write_behind(f"usage:{entry['id']}", entry, self._writer, _KEPT_S):
+            if not self._cache.write_behind(
+                f"{_PREFIX}{entry['id']}", entry, self._writer, _KEPT_S
+            ):
                 self._write([(entry, None)])
         except Exception:  # noqa: BLE001 - whatever it is, the client gets its answer
             # The log is the last place that it can be found in.

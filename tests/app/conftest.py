@@ -52,7 +52,11 @@ def database(request):
 @pytest.fixture
 def environ(request, tmp_path, database):
     """The variables of the service."""
-    environ = {"MUSET_DATA_DIR": str(tmp_path), "RATE_LIMIT_REQUESTS_PER_MINUTE": "0"}
+    environ = {
+        "MUSET_DATA_DIR": str(tmp_path),
+        "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
+        "MUSET_WRONG_KEYS_PER_MINUTE": "0",
+    }
     if database == "postgresql":
         environ["DATABASE_URL"] = request.getfixturevalue("postgres_url")
     return environ

@@ -1,5 +1,6 @@
 """Every kind of fault of a real model server, with and without a stream."""
 
+import json
 import socket
 import sys
 import textwrap
@@ -8,10 +9,13 @@ import pytest
 from asked_service import Service
 from event_streams import STREAM, assert_one_end, events_of
 from patched import run_patched
+from scripted import Scripted
+from wire import DONE, Wire, answers, chunk, says
 
 from flask_muset.resilience import policies_of
 from muset.ports import Model
 from muset.providers.openai import OpenAIProvider
+from muset.services.answering import is_declined
 from muset.services.streaming import Times
 from muset.testing.upstream import Upstream
 
@@ -107,6 +111,103 @@ def test_each_fault(service, upstream, prove):
     told = [each for each in seen if each.outcome == "ok"]
     assert [row["output_tokens"] for row in good] == [each.tokens for each in told]
     assert [row["input_tokens"] for row in good] == [each.input_tokens for each in told]
+
+
+def _in_stream(error):
+    return says(b"data: " + json.dumps({"error": error}).encode() + b"\n\n")
+
+
+#: What a provider says to a question that it will not answer.
+DECLINED = {
+    "filtered": says(chunk(finish="content_filter"), DONE),
+    "filtered behind a text": says(chunk("The queen "), chunk(finish="content_filter"), DONE),
+    "refusal": says(b'data: {"choices": [{"delta": {"refusal": "no"}}]}\n\n', DONE),
+    "in a stream": _in_stream({"code": "content_filter", "message": "no"}),
+    "invalid": _in_stream({"type": "invalid_request_error", "message": "no"}),
+    **{str(status): answers(status, {}) for status in (400, 404, 409, 413, 418, 422, 451)},
+}
+
+
+@pytest.mark.parametrize("form", [{}, STREAM])
+def test_declined_questions_are_nobodys_fault(tmp_path, form):
+    """Each is asked once and is a 502, and none of them counts for the breaker."""
+    with Wire(*DECLINED.values()) as wire:
+        service = Service(
+            tmp_path,
+            [OpenAIProvider("model", wire.base_url, MODEL)],
+            times=Times(hold_back_s=0.0),
+            CIRCUIT_BREAKER_THRESHOLD="1",
+            MAX_RETRIES="2",
+        )
+        for number, name in enumerate(DECLINED):
+            found = ended(service.ask(headers=form, allow_degraded=False, k=number + 1))
+            assert (name, *found) == (name, 502, None)
+            assert len(wire.requests) == number + 1
+            breaker = policies_of(service.app)["model"][1].snapshot()
+            assert (name, breaker["state"], breaker["failures"]) == (name, "closed", 0)
+    service.close()
+
+
+def test_a_question_that_one_declines_another_may_answer(tmp_path):
+    """The next provider is asked, as after every other error."""
+    with Wire(answers(400, {})) as wire:
+        first = OpenAIProvider("model", wire.base_url, MODEL)
+        service = Service(tmp_path, [first, Scripted("2,000 eggs a day [1].", name="second")])
+        answer = service.ask(allow_degraded=False).json
+    told = [(each["provider"], each["outcome"]) for each in answer["attempts"]]
+    assert told == [("model", "error"), ("second", "success")]
+    service.close()
+
+
+@pytest.mark.parametrize("status", [401, 403, 408, 429, 500, 503])
+def test_what_is_the_providers_fault_still_counts(tmp_path, status):
+    """A wrong key, too many questions, a fault and a time-out open the breaker."""
+    with Wire(answers(status, {})) as wire:
+        service = Service(
+            tmp_path,
+            [OpenAIProvider("model", wire.base_url, MODEL)],
+            CIRCUIT_BREAKER_THRESHOLD="1",
+        )
+        assert service.ask(allow_degraded=False).status_code in (502, 503)
+        assert service.ask(allow_degraded=False).status_code == 503
+        assert len(wire.requests) == 1
+    assert policies_of(service.app)["model"][1].snapshot()["state"] == "open"
+    service.close()
+
+
+def test_settings_and_the_file_still_say_when_a_breaker_opens(tmp_path):
+    """CIRCUIT_BREAKER_TIMEOUT holds, and the policy of AI_PROVIDERS wins over the settings."""
+    service = Service(
+        tmp_path,
+        [Scripted(name="plain"), Scripted(name="chosen")],
+        policies={"chosen": {"circuit_breaker": {"failure_threshold": 2}}},
+        CIRCUIT_BREAKER_THRESHOLD="7",
+        CIRCUIT_BREAKER_TIMEOUT="9.5",
+    )
+    plain, chosen = (policies_of(service.app)[name][1].options for name in ("plain", "chosen"))
+    assert (plain["failure_threshold"], plain["recovery_timeout"]) == (7, 9.5)
+    assert (chosen["failure_threshold"], chosen["recovery_timeout"]) == (2, 9.5)
+    assert plain["ignore"] is chosen["ignore"] is is_declined
+    service.close()
+
+
+@pytest.mark.parametrize("form", [{}, STREAM])
+@pytest.mark.parametrize(("max_tokens", "status"), [(None, "unsure"), (30, "answered")])
+def test_an_answer_that_the_models_own_limit_has_cut(tmp_path, form, max_tokens, status):
+    """It is unsure, and asked anew; one that is as long as was asked for is kept."""
+    text = chunk("The queen lays 2,000 eggs a day [1]. She", "length")
+    with Wire(says(text, DONE)) as wire:
+        service = Service(tmp_path, [OpenAIProvider("model", wire.base_url, MODEL)])
+        options = {} if max_tokens is None else {"max_tokens": max_tokens}
+        for _ in range(2):
+            with service.ask(headers=form, **options) as answer:
+                if form:
+                    assert events_of(answer.text)[-1] == ("done", {"status": status})
+                else:
+                    assert answer.json["status"] == status
+                    assert answer.json["citations"]
+        assert len(wire.requests) == (2 if status == "unsure" else 1)
+    service.close()
 
 
 @pytest.mark.parametrize("form", [{}, STREAM])

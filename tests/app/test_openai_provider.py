@@ -36,7 +36,7 @@ from flask_muset.errors import (
     OverloadedError,
     ValidationError,
 )
-from muset.ports import Delta, Model, ModelQuestion, Retrieval, ScoredPassage, Tokens
+from muset.ports import CutShort, Delta, Model, ModelQuestion, Retrieval, ScoredPassage, Tokens
 from muset.providers import connections, openai
 from muset.providers.openai import OpenAIProvider
 from muset.providers.prompt import UNSAID, Beginning, messages_of
@@ -165,6 +165,40 @@ def test_the_length_of_an_answer_is_bounded(monkeypatch):
     assert "more than 10000 bytes" in error.message
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_the_length_of_a_text_is_bounded(monkeypatch, is_whole):
+    """More than that is no answer, in pieces or at once; as much as that is one."""
+    monkeypatch.setattr(openai, "_MAX_TEXT_BYTES", 3000)
+    for pieces, fits in ((1500, True), (1501, False)):
+        if is_whole:
+            body = {"choices": [{"message": {"content": "ö" * pieces}, "finish_reason": "stop"}]}
+            handler = answers(200, body)
+        else:
+            handler = says(*[chunk("ö")] * pieces, STOP, DONE)
+        with Wire(handler) as wire:
+            if fits:
+                assert ask(wire)[0] == "ö" * pieces
+            else:
+                error = error_of(wire)
+                assert error.status == 502
+                assert error.message.endswith("a text of more than 3000 bytes")
+
+
+def test_the_length_of_a_body_is_bounded():
+    """A whole answer is read no further than an event may be long."""
+    with Wire(answers(200, {"choices": [], "more": "x" * (1 << 20)})) as wire:
+        assert "more than 1048576 bytes" in error_of(wire).message
+
+
+def test_the_models_own_limit_of_length_is_told():
+    """An answer that it ends is complete if the limit was asked for, else it is cut short."""
+    handler = says(chunk("Old.", "length"), usage(9, 2), DONE)
+    with Wire(handler) as wire:
+        assert ask(wire, max_tokens=2) == ("Old.", Tokens(9, 2))
+        pieces = list(provider_of(wire).stream(asking()))
+    assert pieces == [Delta("Old."), CutShort(), Tokens(9, 2)]
+
+
 def test_a_server_that_does_not_stream():
     """A whole answer as JSON is read as well."""
     body = {
@@ -190,6 +224,48 @@ def test_what_a_server_does_not_know_is_left_out(status):
     assert ["stream_options" in body for body in bodies] == [True, False, False, False]
     assert [body.get("max_completion_tokens") for body in bodies] == [None, None, 9, 9]
     assert [body.get("max_tokens") for body in bodies] == [9, 9, None, None]
+
+
+NO_OPTIONS = answers(400, {"error": {"message": "no", "param": "stream_options"}})
+
+
+def test_words_of_a_question_teach_nothing():
+    """A name that a server only repeats is not what it complains about."""
+    words = "What are stream_options and max_completion_tokens?"
+    echo = {"detail": [{"loc": ["body", "user"], "msg": "no", "input": {"messages": words}}]}
+    with Wire(answers(422, echo)) as wire:
+        assert error_of(wire, question=words, max_tokens=9).status == 502
+        assert len(wire.requests) == 1
+
+
+def test_only_what_has_helped_is_remembered():
+    """What is refused all the same, or by another model, is asked in the usual words again."""
+    good, refused = says(chunk("Old."), DONE), answers(400, {"error": {"message": "no"}})
+    with Wire(NO_OPTIONS, refused, NO_OPTIONS, good, good, good) as wire:
+        provider = provider_of(wire)
+        error_of(wire, provider=provider)
+        ask(wire, provider=provider)
+        ask(wire, provider=provider)
+        other = ModelQuestion("Why?", Retrieval(PASSAGES, {}), "large")
+        list(provider.stream(other))
+        told = ["stream_options" in request.body for request in wire.requests]
+    assert told == [True, False, True, False, False, True]
+
+
+def test_what_was_learned_does_not_hold_for_ever(monkeypatch):
+    """After an hour, or when it is refused, a server is asked in the usual words again."""
+    good, refused = says(chunk("Old."), DONE), answers(422, {"error": {"message": "no"}})
+    busy = answers(503, {})
+    with Wire(NO_OPTIONS, good, busy, refused, NO_OPTIONS, good, good) as wire:
+        provider = provider_of(wire)
+        ask(wire, provider=provider)
+        assert error_of(wire, provider=provider).status == 503
+        assert error_of(wire, provider=provider).status == 502
+        monkeypatch.setattr(openai, "_LEARNED_S", 0.0)
+        ask(wire, provider=provider)
+        ask(wire, provider=provider)
+        told = ["stream_options" in request.body for request in wire.requests]
+    assert told == [True, False, False, False, True, False, True]
 
 
 def test_a_server_that_refuses_whatever_is_said_is_asked_once_more_at_most():
@@ -250,7 +326,9 @@ def test_text_is_held_back_no_longer_than_needed():
         ("[DONE] alone", says(chunk("Old."), DONE)),
         ("a reason and the end", says(chunk("Old."), STOP, framed=False)),
         ("a reason, then a cut", cut_after(chunk("Old."), STOP)),
-        ("the limit of its length", says(chunk("Old.", "length"), DONE)),
+        ("a cut within the bill", cut_after(chunk("Old."), STOP, usage(9, 2)[:20])),
+        ("a bill that is not closed", cut_after(chunk("Old."), STOP, usage(9, 2)[:-1])),
+        ("half a bill", says(chunk("Old."), STOP, usage(9, 2)[:20], framed=False)),
         ("no frames at all", says(chunk("Old."), DONE, framed=False)),
     ],
 )
@@ -277,8 +355,11 @@ def test_ends_that_are_complete(name, handler):
         (says(chunk(" \n"), chunk(finish="length"), DONE), "without text"),
         (says(chunk("Oaks "), chunk(finish="content_filter"), DONE), "refuses"),
         (says(b'data: {"choices": [{"delta": {"refusal": "no"}}]}\n\n', DONE), "refuses"),
-        (says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE), "502: boom"),
-        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "502: boom"),
+        (
+            says(chunk("Oaks "), b'data: {"error": {"message": "boom"}}\n\n', DONE),
+            "answered with 502",
+        ),
+        (says(b'event: error\ndata: {"message": "boom"}\n\n'), "answered with 502"),
         (answers(200, b"<html>log in</html>"), "before its end"),
         (answers(200, [1]), "cannot be read"),
         (answers(200, {"choices": []}), "without text"),
@@ -492,6 +573,10 @@ def test_tls(monkeypatch):
         "http://llm.example.org/v1?x=1",
         "http://llm.example.org/v 1",
         "http://[::1",
+        "http://llm..example.org/v1",
+        f"http://{'x' * 64}.example.org/v1",
+        "http://llm.example.org/v1?",
+        "http://llm.example.org/v1#",
     ],
 )
 def test_addresses_that_are_refused(url):
@@ -520,13 +605,41 @@ def test_the_key_is_nowhere():
         assert KEY not in str(caught.value)
 
 
-def test_what_the_server_says_is_for_the_log_alone():
-    """Clients see neither its words nor its name for the fault."""
-    with Wire(answers(500, {"error": {"message": "internal host db7", "code": "oops"}})) as wire:
-        error = error_of(wire)
-    assert "internal host db7" in error.message
-    assert "db7" not in error.user_message
-    assert error.row.shows_details is False
+SECRET = "Does the boss of room 7 drink?"
+ECHOES = [
+    {"error": {"message": f"bad: {SECRET}", "type": "bad_type", "code": "oops", "param": "top[0]"}},
+    {"error": {"message": SECRET, "type": SECRET, "code": SECRET, "param": SECRET}},
+    {"error": SECRET},
+    {"detail": [{"loc": ["body", "messages", 1], "msg": SECRET, "input": {"text": SECRET}}]},
+    {"object": "error", "message": SECRET, "type": "BadRequestError", "code": 400},
+    {"detail": SECRET, "code": [SECRET], "type": {"a": SECRET}},
+    [SECRET],
+    SECRET.encode(),
+]
+
+
+@pytest.mark.parametrize("body", ECHOES)
+def test_no_words_of_a_question_reach_the_log(body):
+    """Of what a server complains about there are its short names, whatever it repeats."""
+    handlers = [answers(status, body) for status in (400, 403, 429, 500)]
+    event = body if isinstance(body, bytes) else json.dumps(body).encode()
+    in_stream = [says(b"event: error\ndata: " + event + b"\n\n")]
+    if isinstance(body, dict) and "error" in body:
+        in_stream.append(says(b"data: " + event + b"\n\n"))
+    bad_end = says(chunk(finish=SECRET), DONE)
+    with Wire(*handlers, *in_stream, bad_end) as wire:
+        errors = [error_of(wire, question=SECRET) for _ in range(5 + len(in_stream))]
+    for error in errors:
+        seen = "".join(traceback.format_exception(error)) + error.user_message
+        assert error.message.count("400") <= 1
+        assert "boss" not in seen
+        assert "main" in error.message
+    if body is ECHOES[0]:
+        assert errors[0].message == "main answered with 400 oops bad_type top[0]"
+        assert "oops" not in errors[0].user_message
+        assert errors[0].row.shows_details is False
+    if body is ECHOES[3]:
+        assert errors[0].message == "main answered with 400 body.messages.1"
 
 
 # --- times ----------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 import sqlalchemy
 from alembic import command
+from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import DBAPIError
 
@@ -205,6 +206,12 @@ def test_queries_are_counted_by_operation_and_table(client, member):
     for labels in ('operation="insert",table="passages"', 'operation="select",table="documents"'):
         assert f"muset_database_queries_total{{{labels}}}" in exposed
     assert 'muset_database_queries_total{operation="commit",table="-"}' in exposed
+
+
+def test_the_newest_revision_is_the_one_that_is_looked_for():
+    """Alembic's own look at the files finds the same."""
+    scripts = ScriptDirectory.from_config(migrations._config())
+    assert scripts.get_heads() == [migrations.HEAD]
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)

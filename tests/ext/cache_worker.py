@@ -24,7 +24,8 @@ def until(condition, seconds=5):
 if state.redis is not None:
     cache.get("anything")  # begins to listen
     if state.redis.state == "up":
-        until(lambda: state.store._feed is not None and state.store._feed.is_linked)
+        store = getattr(state.store, "of", lambda _key: state.store)("anything")
+        until(lambda: store._feed is not None and store._feed.is_linked)
 """
 
 

@@ -166,11 +166,27 @@ class SlowWay:
                 yield piece
 
 
+@contextlib.contextmanager
+def running(folder, *options):
+    """A RedisServer that runs meanwhile."""
+    server = RedisServer(folder, *options).start()
+    try:
+        yield server
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            server.thaw()
+        server.kill()
+
+
 @pytest.fixture
 def redis_server(tmp_path):
     """A running RedisServer."""
-    server = RedisServer(tmp_path).start()
-    yield server
-    with contextlib.suppress(ProcessLookupError):
-        server.thaw()
-    server.kill()
+    with running(tmp_path) as server:
+        yield server
+
+
+@pytest.fixture
+def other_redis_server(tmp_path_factory):
+    """A second one."""
+    with running(tmp_path_factory.mktemp("redis")) as server:
+        yield server

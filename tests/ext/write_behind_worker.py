@@ -68,8 +68,8 @@ def declare_writers(cache, source, pause_s=0.0):
         time.sleep(pause_s)
 
     cache.writer("value", patterns=["value:*"])(save)
-    cache.writer("ledger", coalesce=False)(add)
-    cache.writer("batch", coalesce=False, batch=10)(add_some)
+    cache.writer("ledger", coalesce=False, patterns=["ledger:*"])(add)
+    cache.writer("batch", coalesce=False, batch=10, patterns=["batch:*"])(add_some)
     return {"value": save, "ledger": add, "batch": add_some}
 
 

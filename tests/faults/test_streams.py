@@ -1,5 +1,6 @@
 """Streams of a real worker: many at once, clients that leave, a process that stops."""
 
+import http.server
 import json
 import os
 import resource
@@ -183,6 +184,60 @@ def test_clients_that_leave(asked):
     assert all(each.client_left for each in seen)
     assert service.stop() == 0
     assert ledger(service) == {"client_closed": 5}
+
+
+_LETTERS = b'data: {"choices": [{"delta": {"content": "x"}}]}\n\n' * 500
+
+
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "three clients that never read an answer of 240,000 events: their provider waits, a worker "
+    "takes less than 60 MB for them, and after a minute each is a row client_closed"
+)
+def test_clients_that_never_read(make_service, prove):
+    """What they do not take is kept nowhere but in a bounded queue and the sockets."""
+    sent, left = [], []
+
+    class Floods(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            sent.append(0)
+            number = len(sent) - 1
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.end_headers()
+            try:
+                for _ in range(480):
+                    self.wfile.write(_LETTERS)
+                    sent[number] += 500
+            except OSError:
+                left.append(number)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Floods) as model:
+        threading.Thread(target=model.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{model.server_port}/v1"
+        service = make_service(AI_BASE_URL=url, AI_MODEL="m")
+        service.start()
+        url = f"{service.url}/api/v1/documents"
+        assert requests.post(url, json=BEES, headers=service.headers, timeout=30).ok
+        (pid,) = service.workers()
+        before, most, began = memory_mb(pid), 0.0, time.monotonic()
+        clients = [stream(service, f"How many eggs does queen {n} lay?") for n in range(3)]
+        while len(left) < 3:
+            assert time.monotonic() - began < 240, (sent, left)
+            most = max(most, memory_mb(pid) - before)
+            time.sleep(0.5)
+        took = time.monotonic() - began
+        for client in clients:
+            client.close()
+        assert service.stop() == 0
+        model.shutdown()
+    prove.figure(f"{max(sent)} events taken at most, {most:.0f} MB, closed after {took:.0f} s")
+    assert max(sent) < 240_000
+    assert most < 60
+    assert ledger(service) == {"client_closed": 3}
 
 
 @pytest.mark.full_only

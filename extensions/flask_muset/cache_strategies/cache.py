@@ -95,9 +95,8 @@ class Cache:
         self.codec = codec
         self.default_expire_s = default_expire_s
         self._tell = tell
-        memory = getattr(store, "memory", None)
         #: What is known without waiting.
-        self._peek: Callable[[str], Entry | None] = _nothing if memory is None else memory.get
+        self._peek: Callable[[str], Entry | None] = getattr(store, "peek", _nothing)
         self._decode = codec.decode
         self._note = note
         self._is_off = is_off
@@ -130,7 +129,7 @@ class Cache:
 
     def _pending(self, key: str) -> Entry | None:
         """What waits for its source; whether anything does is looked up in the file system."""
-        return self.behind.pending(key) if self.behind.is_used else None
+        return self.behind.pending(key) if self.behind.concerns(key) else None
 
     def get_near(self, key: str) -> Any:
         """The value that the memory of this process has; ABSENT if somebody would have to wait."""
@@ -177,7 +176,7 @@ class Cache:
             lost = [
                 k for k in dict.fromkeys(keys) if k not in entries or now >= entries[k].fresh_until
             ]
-            entries |= self.behind.pending_of(lost)
+            entries |= self.behind.pending_of(list(filter(self.behind.concerns, lost)))
         return entries
 
     def _value(self, entry: Entry) -> tuple[Any, str]:
@@ -213,8 +212,10 @@ class Cache:
 
     def delete(self, key: str) -> bool:
         """Forget a key; its source forgets it too, where a writer owns it or something waits."""
-        if self.behind.is_used and (is_done := self._delete_behind(check_key(key))) is not None:
-            return self._done("delete", [key], is_done)
+        if self.behind.concerns(check_key(key)):
+            is_done = self._delete_behind(key)
+            if is_done is not None:
+                return self._done("delete", [key], is_done)
         return self.invalidate(key)
 
     def _delete_behind(self, key: str) -> bool | None:
@@ -311,7 +312,7 @@ class Cache:
         """A value of the cache, or of one load."""
         if self._is_off:
             self._note(_BYPASSED)
-            waiting = self.behind.pending(key) if self.behind.is_used else None
+            waiting = self._pending(key)
             if waiting is not None:
                 value, _ = self._value(waiting)
                 if value is not ABSENT:

@@ -25,6 +25,7 @@ _is_reference = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*").fullmatch
 KEYS = {
     "ENABLED": flag(True),
     **REDIS_KEYS,
+    "JOURNAL_REDIS_URL": REDIS_KEYS["REDIS_URL"],
     "L1_MAX_BYTES": whole(32 * _MIB, 0, 1 << 40),
     "L1_UNLINKED": number(5.0, 0, 3600),
     "DEFAULT_EXPIRE": number(300.0, 0, 10 * 365 * 86_400, zero="no end"),
@@ -53,7 +54,8 @@ class Config:
     Attributes:
         enabled: False keeps nothing: every load is one.
         redis_url: Where the second level is; None for a memory alone.
-        redis_max_connections: Calls of one process to it at once.
+        journal_redis_url: Where writes wait; None for where the second level is.
+        redis_max_connections: Calls of one process to one of them at once.
         redis_budget_s: Seconds that one call may take.
         namespace: Tells apps apart that share a Redis.
         l1_max_bytes: Of the memory of one process; 0 for none.
@@ -76,6 +78,7 @@ class Config:
 
     enabled: bool
     redis_url: str | None
+    journal_redis_url: str | None
     redis_max_connections: int
     redis_budget_s: float
     namespace: str
@@ -110,6 +113,7 @@ def read_config(config: MutableMapping[str, Any]) -> Config:
     return Config(
         enabled=values["ENABLED"],
         redis_url=values["REDIS_URL"],
+        journal_redis_url=values["JOURNAL_REDIS_URL"],
         redis_max_connections=values["REDIS_MAX_CONNECTIONS"],
         redis_budget_s=values["REDIS_BUDGET"],
         namespace=values["NAMESPACE"],

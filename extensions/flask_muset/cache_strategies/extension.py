@@ -5,7 +5,7 @@ import math
 import os
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -72,6 +72,9 @@ class CacheStrategies(CacheManager):
     Config:
         CACHE_STRATEGIES_ENABLED: False keeps nothing: every load is one. Default True.
         CACHE_STRATEGIES_REDIS_URL: Where the second level is. Default None: there is none.
+        CACHE_STRATEGIES_JOURNAL_REDIS_URL: A second Redis for the writes that wait, and for the
+            entries of all keys that the patterns of a writer match; nothing else is written behind
+            then. Default None: they are where the second level is.
         CACHE_STRATEGIES_REDIS_MAX_CONNECTIONS: Calls of one process to it at once. Default 10.
         CACHE_STRATEGIES_REDIS_BUDGET: Seconds that a call may take. Default 0.05.
         CACHE_STRATEGIES_NAMESPACE: Tells apps that share a Redis apart. Default "default".
@@ -104,6 +107,7 @@ class CacheStrategies(CacheManager):
         cache: A `flask_caching.Cache` that is set up on the app: its backend is used instead. Other
             processes then learn nothing of loads, writes and deletes before they read.
         redis: Is used instead of a client made of the configuration.
+        journal_redis: The same for that of the journal; the one is given with the other.
     """
 
     def __init__(
@@ -112,10 +116,12 @@ class CacheStrategies(CacheManager):
         *,
         cache: flask_caching.Cache | None = None,
         redis: GuardedRedis | None = None,
+        journal_redis: GuardedRedis | None = None,
     ) -> None:
         super().__init__()
         self._given_cache = cache
         self._given_redis = redis
+        self._given_journal_redis = journal_redis
         self._registered: list[type] = []
         self._apps: weakref.WeakSet[Flask] = weakref.WeakSet()
         #: The cache of the only app, as long as there is that app.
@@ -138,8 +144,15 @@ class CacheStrategies(CacheManager):
         redis = None
         if self._given_cache is None:
             redis = redis_client(self._given_redis, config, PREFIX, "cache")
-        store = self._store(app, config, redis, tell)
-        behind = self._write_behind(app, config, redis, store, codec, tell)
+        journal_redis = self._journal_redis(config, redis)
+        writers = Writers((self._declared, cache_manager._declared), config.writers)
+        store = self._store(app, config, redis, journal_redis, writers, tell)
+        journal = _journal(app, config, journal_redis, store)
+        if config.require_durable:
+            _refuse_risks(journal, store, journal_redis)
+        behind = self._write_behind(
+            app, config, journal, writers, codec, tell, is_split=journal_redis is not redis
+        )
         cache = Cache(
             store,
             codec,
@@ -162,11 +175,25 @@ class CacheStrategies(CacheManager):
         app.before_request(partial(_start, behind))
         app.cli.add_command(make_commands(cache))
 
+    def _journal_redis(self, config: Config, redis: GuardedRedis | None) -> GuardedRedis | None:
+        """Where writes wait: the Redis of the cache, unless they have one of their own."""
+        given, url = self._given_journal_redis, config.journal_redis_url
+        if given is None and url is None:
+            return redis
+        if redis is None or (given is None) != (self._given_redis is None):
+            raise ValueError(
+                f"a Redis of the journal is one beside that of the cache; set {PREFIX}REDIS_URL "
+                f"with {PREFIX}JOURNAL_REDIS_URL, or give redis with journal_redis."
+            )
+        return redis_client(given, replace(config, redis_url=url), f"{PREFIX}JOURNAL_", "journal")
+
     def _store(
         self,
         app: Flask,
         config: Config,
         redis: GuardedRedis | None,
+        journal_redis: GuardedRedis | None,
+        writers: Writers,
         tell: Tell,
     ) -> Store:
         if not config.enabled:
@@ -181,28 +208,29 @@ class CacheStrategies(CacheManager):
                     "init_app before that of CacheStrategies."
                 )
             return BackendStore(backend, tell=tell)
-        if redis is None:
+        if redis is None or journal_redis is None:
             return LocalStore(config.l1_max_bytes)
-        # Only here, because it needs redis-py.
+        # Only here, because they need redis-py.
+        from flask_muset.cache_strategies.split_store import SplitStore
         from flask_muset.cache_strategies.tiered_store import TieredStore
 
-        return TieredStore(
-            redis, max_bytes=config.l1_max_bytes, unlinked_s=config.l1_unlinked_s, tell=tell
-        )
+        make = partial(TieredStore, unlinked_s=config.l1_unlinked_s, tell=tell)
+        if journal_redis is redis:
+            return make(redis, max_bytes=config.l1_max_bytes)
+        half = config.l1_max_bytes // 2
+        return SplitStore(make(redis, max_bytes=half), make(journal_redis, max_bytes=half), writers)
 
     def _write_behind(
         self,
         app: Flask,
         config: Config,
-        redis: GuardedRedis | None,
-        store: Store,
+        journal: Journal,
+        writers: Writers,
         codec: Codec,
         tell: Tell,
+        *,
+        is_split: bool,
     ) -> WriteBehind:
-        journal = _journal(app, config, redis, store)
-        if config.require_durable:
-            _refuse_risks(journal, store, redis)
-        writers = Writers((self._declared, cache_manager._declared), config.writers)
         attempts = Attempts(
             writers, codec, run=partial(_within, app), tell=tell, timeout_s=config.write_timeout_s
         )
@@ -222,6 +250,7 @@ class CacheStrategies(CacheManager):
             delay_s=config.write_delay_s,
             drains=config.drain,
             require_durable=config.require_durable,
+            owned_only=is_split,
         )
 
     def _cache(self) -> Cache:
@@ -250,8 +279,10 @@ def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Stor
     limits = {"max_pending": config.max_pending, "max_pending_bytes": config.max_pending_bytes}
     if redis is not None:
         from flask_muset.cache_strategies.redis_journal import RedisJournal
+        from flask_muset.cache_strategies.split_store import SplitStore
         from flask_muset.cache_strategies.tiered_store import TieredStore
 
+        store = store.owned if isinstance(store, SplitStore) else store
         # What waits in Redis is written and read also where the cache is off.
         shared = store if isinstance(store, TieredStore) else TieredStore(redis, max_bytes=0)
         return RedisJournal(shared, redis, **limits)

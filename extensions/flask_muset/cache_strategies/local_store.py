@@ -58,6 +58,7 @@ class LocalStore:
         if not lease_s > 0:
             raise ValueError(f"lease_s must be above 0 seconds, got {lease_s!r}.")
         self.memory = Memory(max_bytes)
+        self.peek = self.memory.get
         self._lease_s = lease_s
         self._now_us = 0
         self._let_all_go()

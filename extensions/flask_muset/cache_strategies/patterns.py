@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-__all__ = ["compile_pattern", "escape_glob", "literal", "redis_glob"]
+__all__ = ["compile_pattern", "covers", "escape_glob", "literal", "overlap", "redis_glob"]
 
 # Asterisks in a row are taken as one: for Redis 7.0, `**` does not match the empty key.
 _tokens = re.compile(r"\\[*\\]|\*+|[^*\\]+|\\").findall
@@ -56,6 +56,25 @@ def _in_order(first: str, middles: list[str], last: str) -> Callable[[str], bool
         return at <= end
 
     return matches
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether there is a text that both patterns match."""
+    ours, theirs = _split(one), _split(other)
+    if len(ours) == 1:
+        return compile_pattern(other)(ours[0])
+    if len(theirs) == 1:
+        return compile_pattern(one)(theirs[0])
+    # What is between the two ends may be as long as it has to be for the middles of both.
+    first, long_first = sorted((ours[0], theirs[0]), key=len)
+    last, long_last = sorted((ours[-1], theirs[-1]), key=len)
+    return long_first.startswith(first) and long_last.endswith(last)
+
+
+def covers(one: str, other: str) -> bool:
+    """Whether a pattern matches all that another one does."""
+    # Only an asterisk matches half of a surrogate pair, as no pattern has one.
+    return compile_pattern(one)("\ud800".join(_split(other)))
 
 
 def redis_glob(pattern: str) -> bytes:

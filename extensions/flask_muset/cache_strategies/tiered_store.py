@@ -111,6 +111,8 @@ class TieredStore(Changing):
     ) -> None:
         self.memory = Memory(max_bytes, unlinked_s=unlinked_s)
         self.memory.trusted_until = 0.0
+        #: What the memory has, without waiting.
+        self.peek = self.memory.get
         self._has_memory = max_bytes > 0
         #: Is told of each key, pattern or tag that another process has made invalid: which it is,
         #: `key`, `pattern` or `all`, and its name.

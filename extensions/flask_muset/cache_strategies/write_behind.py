@@ -57,6 +57,7 @@ class WriteBehind:
         delay_s: Seconds for which a write waits for newer ones of its key.
         drains: Whether this process writes what waits.
         require_durable: Whether writes are refused where an accepted one could be lost.
+        owned_only: Whether the keys that no writer owns are elsewhere, and so are never accepted.
     """
 
     _lock: Any
@@ -72,6 +73,7 @@ class WriteBehind:
         delay_s: float = 0.1,
         drains: bool = True,
         require_durable: bool = False,
+        owned_only: bool = False,
     ) -> None:
         self.journal = journal
         self.writers = writers
@@ -82,6 +84,7 @@ class WriteBehind:
         self._delay_s = delay_s
         self._drains = drains
         self._require_durable = require_durable
+        self._owned_only = owned_only
         self._is_used = False
         self._risks: list[str] | None = None
         self._warned: set[str] = set()
@@ -93,6 +96,13 @@ class WriteBehind:
         if not self._is_used:
             self._is_used = bool(self.writers) or self.journal.is_used()
         return self._is_used
+
+    def concerns(self, key: str) -> bool:
+        """Whether something of a key may wait."""
+        return self._is_accepted_here(key) and self.is_used
+
+    def _is_accepted_here(self, key: str) -> bool:
+        return not self._owned_only or self.writers.owner(key) is not None
 
     def begin(self) -> None:
         """Write what was left, in a process that serves."""
@@ -124,7 +134,14 @@ class WriteBehind:
 
         Raises:
             CacheUnavailable: It could be lost, and `require_durable` forbids that.
+            ValueError: No writer owns the key, and `owned_only` needs one.
         """
+        if not self._is_accepted_here(key):
+            raise ValueError(
+                f"{key!r} cannot be written behind: where the journal has a Redis of its own, a "
+                "writer's patterns say which keys are there, and none matches; add one to it, "
+                'such as @cache.writer("a.name", patterns=["user:*"]).'
+            )
         self._is_used = True
         self.start()
         deadline.check()

@@ -81,7 +81,16 @@ class Writer:
         patterns: Keys that it writes: deletes of those are its too.
     """
 
-    __slots__ = ("_matchers", "_takes_context", "batch", "coalesces", "fn", "max_attempts", "name")
+    __slots__ = (
+        "_takes_context",
+        "batch",
+        "coalesces",
+        "fn",
+        "matchers",
+        "max_attempts",
+        "name",
+        "patterns",
+    )
 
     def __init__(
         self,
@@ -98,7 +107,8 @@ class Writer:
         self.coalesces = coalesces
         self.max_attempts = max_attempts
         self.batch = batch
-        self._matchers = [compile_pattern(pattern) for pattern in patterns]
+        self.patterns = list(patterns)
+        self.matchers = [compile_pattern(pattern) for pattern in self.patterns]
         self._takes_context = batch is None and takes_context(fn)
 
     def __repr__(self) -> str:
@@ -108,10 +118,6 @@ class Writer:
     def is_homely(self) -> bool:
         """Whether no other process can find the function by its name."""
         return self.name.startswith(_HOMELY)
-
-    def owns(self, key: str) -> bool:
-        """Whether one of its patterns matches."""
-        return any(matches(key) for matches in self._matchers)
 
     def write(self, writes: Sequence[tuple[Any, WriteContext]]) -> None:
         """Call the function.
@@ -330,7 +336,18 @@ class Writers:
 
     def owner(self, key: str) -> Writer | None:
         """The writer one of whose patterns matches a key."""
-        return next((writer for writer in self if writer.owns(key)), None)
+        # Plain loops: where there are two Redis, each hit of the memory asks this.
+        for declarations in self._declared:
+            for writer in declarations:
+                for matches in writer.matchers:
+                    if matches(key):
+                        return writer
+        return None
+
+    def patterns(self) -> Iterator[str]:
+        """Those of all writers."""
+        for writer in self:
+            yield from writer.patterns
 
     def named(self, name: str) -> Writer:
         """The writer of a record.

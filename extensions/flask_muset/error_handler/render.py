@@ -3,8 +3,10 @@
 import html
 import json
 import re
+from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from hashlib import sha256
 from http import HTTPStatus
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -20,6 +22,7 @@ __all__ = [
     "HTML_TYPE",
     "JSON_TYPE",
     "PROBLEM_TYPE",
+    "STYLE_SOURCE",
     "Answer",
     "Form",
     "answer_of",
@@ -35,16 +38,20 @@ JSON_TYPE = "application/json"
 PROBLEM_TYPE = "application/problem+json"
 HTML_TYPE = "text/html"
 
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:12vh auto;padding:0 1rem;
+color:#1c2430;background:#fbfbfa}h1{font-size:1.6rem;margin:0 0 .5rem}p{margin:.5rem 0}
+code,td:first-child{font-family:ui-monospace,monospace}small{color:#5b6675}
+table{border-collapse:collapse;margin:1rem 0}td,th{text-align:left;padding:.3rem .8rem .3rem 0;
+border-bottom:1px solid #e3e6ea;vertical-align:top}a{color:#1a5fb4}
+@media(prefers-color-scheme:dark){body{color:#e6e9ee;background:#14181d}small{color:#9aa5b1}
+td,th{border-color:#2b323a}a{color:#78aeed}}"""
+#: What the style-src of a Content-Security-Policy needs, so that the pages look as they should.
+STYLE_SOURCE = f"'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'"
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>body{{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:12vh auto;padding:0 1rem;
-color:#1c2430;background:#fbfbfa}}h1{{font-size:1.6rem;margin:0 0 .5rem}}p{{margin:.5rem 0}}
-code,td:first-child{{font-family:ui-monospace,monospace}}small{{color:#5b6675}}
-table{{border-collapse:collapse;margin:1rem 0}}td,th{{text-align:left;padding:.3rem .8rem .3rem 0;
-border-bottom:1px solid #e3e6ea;vertical-align:top}}a{{color:#1a5fb4}}
-@media(prefers-color-scheme:dark){{body{{color:#e6e9ee;background:#14181d}}small{{color:#9aa5b1}}
-td,th{{border-color:#2b323a}}a{{color:#78aeed}}}}</style></head>
+<style>{style}</style></head>
 <body>{body}</body></html>
 """
 
@@ -56,7 +63,9 @@ def page(title: str, body: str) -> bytes:
         title: Plain text.
         body: HTML, escaped by the caller.
     """
-    return _PAGE.format(title=html.escape(title), body=body).encode("utf-8", "replace")
+    return _PAGE.format(title=html.escape(title), style=_STYLE, body=body).encode(
+        "utf-8", "replace"
+    )
 
 
 @lru_cache(maxsize=256)

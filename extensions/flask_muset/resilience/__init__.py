@@ -10,6 +10,7 @@ from flask_muset.resilience.extension import (
     Resilience,
     error_recovery,
     force,
+    network_of,
     policies_of,
     sharing_state,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "deadline",
     "error_recovery",
     "force",
+    "network_of",
     "policies_of",
     "retry",
     "retry_async",

@@ -3,17 +3,20 @@
 import asyncio
 import threading
 from collections import deque
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import AT_LEAST_ZERO, COUNT, check
-from flask_muset.deadline import deadline
+from flask_muset.deadline import Expired, deadline
 from flask_muset.errors import OverloadedError
 from flask_muset.locks import give_lock
 from flask_muset.resilience.guards import Part
 from flask_muset.signals import Decision
 
 __all__ = ["Bulkhead"]
+
+#: A wait ends so long before the deadline that whoever waits can be told why.
+_SLACK_S = 0.05
 
 
 class _Waiter(Protocol):
@@ -101,6 +104,10 @@ class Bulkhead(Part):
             self._queue(waiter)
             try:
                 given = waiter.wait(seconds)
+            except Expired:
+                # A busy hub was late. To a breaker this must not look like the dependency's time.
+                self._give_up(waiter, give_back=True)
+                self._refuse()
             except BaseException:
                 self._give_up(waiter, give_back=True)
                 raise
@@ -143,7 +150,7 @@ class Bulkhead(Part):
 
     def _seconds(self) -> float:
         left = deadline.remaining()
-        seconds = self.max_wait if left is None else min(self.max_wait, left)
+        seconds = self.max_wait if left is None else min(self.max_wait, left - _SLACK_S)
         if seconds > 0 and SYSTEM.is_virtual:
             SYSTEM.sleep(seconds)  # nobody else runs meanwhile, so nothing becomes free
             return 0.0
@@ -169,6 +176,6 @@ class Bulkhead(Part):
             self.leave(None, None)
         return True
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         self.tell(Decision.REJECTED)
         raise OverloadedError(f"{self.name or 'a bulkhead'}: {self.limit} calls run already")

@@ -54,6 +54,7 @@ __all__ = [
     "Resilience",
     "error_recovery",
     "force",
+    "network_of",
     "policies_of",
     "sharing_state",
 ]
@@ -507,7 +508,7 @@ def _limit_rate(
     key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
     if key is UNLIMITED:
         return
-    hit = limiter.hit(f"address {_network(request.remote_addr)}" if key is None else f"key {key}")
+    hit = limiter.hit(f"address {network_of(request.remote_addr)}" if key is None else f"key {key}")
     # Not in `g`, which may outlive the request where an app context is open already.
     request.environ[_HIT] = hit
     if hit.allowed:
@@ -522,8 +523,8 @@ def _limit_rate(
     raise _plain(error) from error
 
 
-def _network(address: str | None) -> str:
-    """Whom an address stands for: of IPv6 the /64, which one subscriber has all of."""
+def network_of(address: str | None) -> str:
+    """Whom a client's address stands for: of IPv6 the /64, which one subscriber has all of."""
     if address is None or ":" not in address:
         return str(address)
     try:

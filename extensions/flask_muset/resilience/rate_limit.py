@@ -145,13 +145,16 @@ class RateLimit(Part):
 
         return limited
 
-    def enter(self) -> None:
+    def enter(self, key: str = "") -> None:
         """Let a call begin.
+
+        Args:
+            key: Whose limit it is.
 
         Raises:
             RateLimitError: The limit is reached.
         """
-        self._admit(self.hit())
+        self._admit(self.hit(key))
 
     async def aenter(self) -> None:
         """`enter` where asyncio runs: Redis is asked beside the loop."""

@@ -1,6 +1,7 @@
 """What most tests of the cache need: a clock of their own, and a real Redis."""
 
 import pytest
+from redis_server import other_redis_server as other_redis_server
 from redis_server import redis_server as redis_server
 
 from flask_muset.testing import virtual_clock

@@ -801,7 +801,7 @@ def decode_or_refuse(payload):
         return None
 
 
-@repeatable(max_examples=800)
+@repeatable(max_examples=300)
 @given(st.binary(max_size=200))
 def test_random_bytes(payload):
     """Bytes of nobody are a value or unreadable, and nothing else."""
@@ -830,7 +830,7 @@ bodies = st.recursive(
 )
 
 
-@repeatable(max_examples=800)
+@repeatable(max_examples=300)
 @given(bodies)
 def test_well_formed_bytes_with_wrong_parts(body):
     """Extension types with the parts of others, as only an attacker writes them."""
@@ -862,7 +862,7 @@ def test_parts_that_do_not_fit(code, parts):
         )
 
 
-@repeatable(max_examples=800)
+@repeatable(max_examples=300)
 @given(st.sampled_from(SAMPLES), st.data())
 def test_mutated_bytes(payload, data):
     """Bytes changed, lost, doubled and cut are a value or unreadable."""

@@ -9,7 +9,9 @@ import pytest
 from flask_muset.cache_strategies.entry import NEVER, Busy, Entry, Lease, Write
 from flask_muset.cache_strategies.local_store import LocalStore
 from flask_muset.cache_strategies.patterns import compile_pattern
+from flask_muset.cache_strategies.split_store import SplitStore
 from flask_muset.cache_strategies.tiered_store import TieredStore
+from flask_muset.cache_strategies.writers import Declarations, Writers
 from flask_muset.clock import SYSTEM
 from flask_muset.redis import GuardedRedis
 from flask_muset.testing import CacheStoreSuite, virtual_clock
@@ -82,6 +84,31 @@ class TestLinkedTieredStore(TestTieredStore):
         yield store
         store.close()
         client.close()
+
+
+def split(url, other_url, patterns, **options):
+    """A store over two Redis, of which a writer owns what matches; and its clients."""
+    writers = Declarations()
+    writers.declare("owner", patterns=patterns)(print)
+    clients = [GuardedRedis(one, **options) for one in (url, other_url)]
+    stores = [TieredStore(client, max_bytes=64 * 2**20) for client in clients]
+    return SplitStore(*stores, Writers([writers])), clients
+
+
+class TestSplitStore(CacheStoreSuite):
+    """Two real Redis; of the keys that the suite uses each has some."""
+
+    patterns = ("k*", "*1", "é*", "a:*", "*\\*", "x*")
+
+    @pytest.fixture
+    def store(self, redis_server, other_redis_server):
+        store, clients = split(
+            redis_server.url, other_redis_server.url, self.patterns, budget_s=2.0
+        )
+        yield store
+        store.close()
+        for client in clients:
+            client.close()
 
 
 # --- A store that is right, and many that are not -------------------------------------------------

@@ -64,7 +64,7 @@ entries = st.builds(
 )
 
 
-@repeatable(max_examples=500)
+@repeatable(max_examples=200)
 @given(entries, st.integers(-(2**51), 2**51))
 def test_entries_come_back(entry, shift_us):
     """All of an entry comes back, moments to the microsecond and NEVER as NEVER."""
@@ -143,7 +143,7 @@ def test_a_damaged_envelope_is_unreadable():
             unpack(data + b"\0", SHIFT_US)
 
 
-@repeatable(max_examples=800)
+@repeatable(max_examples=300)
 @given(st.binary(max_size=120))
 def test_random_bytes(data):
     """Bytes of nobody are unreadable, also with the right beginning and the right checksum."""
@@ -154,7 +154,7 @@ def test_random_bytes(data):
         unpack(sealed(b"\xc1m\x01" + data), SHIFT_US)
 
 
-@repeatable(max_examples=800)
+@repeatable(max_examples=300)
 @given(entries, st.data())
 def test_damage_by_whoever_knows_the_checksum(entry, data):
     """An envelope that was changed and sealed again is an entry or unreadable, nothing else."""

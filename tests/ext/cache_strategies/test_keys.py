@@ -205,7 +205,7 @@ def test_all_lookalikes_have_keys_of_their_own():
     assert keys == [make(value) for value in LOOKALIKES]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(CALLS, min_size=2, max_size=4))
 @example([((1,), {}), ((True,), {})])
 @example([(("a", "b"), {}), (("a:b",), {})])
@@ -253,7 +253,7 @@ FEW_CALLS = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from([plain, by_position, by_name, mixed, with_self]),
     st.lists(FEW_CALLS, min_size=2, max_size=4),

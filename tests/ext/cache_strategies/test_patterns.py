@@ -2,6 +2,7 @@ r"""Patterns of keys: what they match, here and in a real Redis."""
 
 import time
 from fnmatch import fnmatchcase
+from itertools import product
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
@@ -9,8 +10,10 @@ from hypothesis import strategies as st
 
 from flask_muset.cache_strategies.patterns import (
     compile_pattern,
+    covers,
     escape_glob,
     literal,
+    overlap,
     redis_glob,
 )
 from flask_muset.redis import GuardedRedis
@@ -162,3 +165,38 @@ def test_redis_agrees_behind_a_namespace(keyspace, namespace, pattern, key):
     matches = compile_pattern(literal(namespace) + pattern)
     glob = escape_glob(namespace) + redis_glob(pattern)
     assert keyspace.found(glob, keys) == {key for key in keys if matches(key)}
+
+
+# --- Two patterns
+
+KEYS = ["".join(letters) for size in range(7) for letters in product("ab", repeat=size)]
+
+
+@given(st.text(st.sampled_from("ab*"), max_size=4), st.text(st.sampled_from("ab*"), max_size=4))
+@example("a*b", "*")
+@example("ab*", "a*b")
+def test_two_patterns_against_all_short_keys(one, other):
+    """Whether a key matches both is known exactly; that all of the one match is never wrong."""
+    ours, theirs = filter(compile_pattern(one), KEYS), set(filter(compile_pattern(other), KEYS))
+    matching = set(ours)
+    assert overlap(one, other) is overlap(other, one) is bool(matching & theirs)
+    if covers(one, other):
+        assert matching >= theirs
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_covered"),
+    [
+        ("user:*", "user:1", True),
+        ("user:*", "user:*", True),
+        ("user:*", "user:1*:x", True),
+        ("*", "", True),
+        ("a*b*c", "a*c", False),
+        ("user:*", "user*", False),
+        (r"a\**", r"a\*b", True),
+        (r"a\*", "a*", False),
+    ],
+)
+def test_what_a_pattern_covers(one, other, is_covered):
+    """A narrower pattern, or the same one, and each key that matches."""
+    assert covers(one, other) is is_covered

@@ -167,6 +167,34 @@ def test_kills_with_redis(tmp_path, prove, most, restarts):
     assert bool(times) == restarts
 
 
+@pytest.mark.claim("kill -9 of processes and of both of two Redis: no accepted write lost")
+def test_kills_with_two_redis(tmp_path, tmp_path_factory, prove):
+    """The same where the cache has a Redis of its own, which comes back empty each time."""
+    kills, seed = (1000 if prove.full else 30), 5
+    server = RedisServer(tmp_path, *_ALWAYS).start()
+    cache_server = RedisServer(tmp_path_factory.mktemp("cache")).start()
+    config = {
+        "CACHE_STRATEGIES_REDIS_URL": cache_server.url,
+        "CACHE_STRATEGIES_JOURNAL_REDIS_URL": server.url,
+        "CACHE_STRATEGIES_REDIS_BUDGET": 2.0,
+        "CACHE_STRATEGIES_WRITE_DELAY": 0.02,
+    }
+    try:
+        with Killing(tmp_path, config, kills=kills, seed=seed) as killing:
+            with killing_too(server, seed) as times, killing_too(cache_server, 6) as cache_times:
+                killing.wait()
+            until_loaded(server)
+            outcome = killing.write_the_rest()
+    finally:
+        server.kill()
+        cache_server.kill()
+    report(prove, outcome, kills)
+    prove.figure(f"{len(times)} kills of the journal's Redis, {len(cache_times)} of the cache's")
+    assert_nothing_is_lost(outcome)
+    assert times
+    assert cache_times
+
+
 @contextlib.contextmanager
 def killing_too(server, seed):
     """Kill a Redis at random moments and start it again; yields a list that has one for each."""
@@ -366,7 +394,7 @@ def values_of(folder):
 @pytest.mark.claim("4 workers, one SQLite journal, kill -9: what was accepted is read at once")
 def test_reads_of_all_workers(tmp_path, prove):
     """A value that one worker has accepted is what every other answers, workers killed or not."""
-    rounds = 300 if prove.full else 15
+    rounds = 300 if prove.full else 6
     config = {
         "CACHE_STRATEGIES_ENABLED": False,
         "CACHE_STRATEGIES_JOURNAL_PATH": "journal.db",

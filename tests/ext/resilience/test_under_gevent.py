@@ -227,6 +227,34 @@ print(json.dumps([max(most), bulkhead.in_use, sum(g.successful() for g in greenl
     assert json.loads(out.stdout) == [2, 0, 20]
 
 
+def test_who_waits_in_line_until_the_deadline_is_no_failure():
+    """A full bulkhead says that it is full before the time is up, which no breaker counts."""
+    code = """
+    from flask_muset.deadline import deadline
+    from flask_muset.errors import *
+    from flask_muset.resilience import *
+    breaker, bulkhead = CircuitBreaker("x", failure_threshold=1), Bulkhead(1, max_wait=60)
+    policy = Policy("p", [breaker, bulkhead])
+    def call():
+        try:
+            with deadline(0.2): policy.call(gevent.sleep, 0)
+        except MusetError as error:
+            return type(error).__name__
+    told, stand_still = [], monkey.get_original("time", "sleep")
+    with bulkhead:
+        for stands_still_s in (0, 0.5):
+            waiting = [gevent.spawn(call) for _ in range(10)]
+            gevent.sleep(0.05)
+            stand_still(stands_still_s)
+            gevent.joinall(waiting)
+            told.append({w.value for w in waiting})
+    are_known = told[0] | told[1] <= {"OverloadedError", "OperationTimeoutError"}
+    is_told = "OverloadedError" in told[0]
+    result = [is_told, are_known, breaker.snapshot()["calls"], policy.call(int)]
+    """
+    assert run_patched(code) == [True, True, 0, 0]
+
+
 def test_a_breaker_used_before_a_fork_works_after_it():
     """The child counts and opens for itself; the parent's state is its own."""
     code = """
