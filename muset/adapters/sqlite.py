@@ -128,9 +128,16 @@ class _Threads:
         self._wake_lock = original("_thread", "allocate_lock")()
         self._waiting = self._threads = 0
 
-    def run(self, work: Callable[[Connection], T], cancel: Callable[[], None]) -> T:
-        """Wait until it is done; `cancel` is called until then if whoever waits is cut off."""
-        done: T = finish(self._spawn(work), cancel)
+    def run(self, work: Callable[[Connection], T], unit: _Unit) -> T:
+        """Wait until it is done; the unit is cancelled if whoever waits is cut off."""
+        result = self._spawn(work)
+
+        def cancel() -> None:
+            unit.cancel()
+            if not unit.has_begun:
+                result.set((False, None))  # nobody waits for a turn at which nothing is done
+
+        done: T = finish(result, cancel)
         return done
 
     def close(self) -> None:
@@ -285,11 +292,11 @@ class Database:
         if self._threads is None:
             self._threads = _Threads(engine)
         try:
-            return self._threads.run(do, unit.cancel)
+            return self._threads.run(do, unit)
         except Expired:
             if unit.has_begun:
                 raise
-            # To a breaker a time in line must not look like the database's.
+            # To the breaker a time in line must not look like the database's.
             raise OverloadedError("the database's line is too long for the time left") from None
 
     def check(self, timeout_s: float) -> None:

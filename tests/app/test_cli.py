@@ -177,7 +177,7 @@ from gevent import monkey; monkey.patch_all()
 import sys, time, gevent
 from muset import migrations
 from flask_muset.deadline import deadline
-from flask_muset.errors import OperationTimeoutError
+from flask_muset.errors import OperationTimeoutError, OverloadedError
 from flask_muset.resilience import Policy
 from muset.adapters.sqlite import Database
 from sqlalchemy import text
@@ -185,7 +185,7 @@ database = Database("sqlite:///" + sys.argv[1], Policy("database", []))
 database.write(migrations.upgrade)
 slow = "WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < 3000000) " \\
        "SELECT count(*) FROM c"
-gaps, over = [], []
+gaps, over, done_late = [], [], []
 def tick():
     last = time.monotonic()
     while not over:
@@ -217,7 +217,18 @@ busy = [gevent.spawn(database.read, lambda c: c.execute(text(slow)).scalar_one()
 gevent.sleep(0.05)
 for _ in range(5):
     database.check(0.25)
+began = time.monotonic()
+try:
+    with deadline(0.05):
+        database.read(done_late.append)
+except OperationTimeoutError as error:
+    # What the breaker within the deadline has seen.
+    assert isinstance(error.__cause__, OverloadedError)
+    assert time.monotonic() - began < 0.5, "a unit waits for its turn after its deadline"
+else:
+    raise AssertionError("there was a turn")
 gevent.joinall(busy, raise_error=True)
+assert not done_late
 began = time.monotonic()
 endless = slow.replace("3000000", "3000000000")
 try:
