@@ -228,6 +228,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("PORT", 8000, _integer(1, 65535), "Port that the service listens on."),
     Setting("WEB_CONCURRENCY", 1, _integer(1, 1024), "Worker processes."),
     Setting(
+        "MUSET_MAX_REQUESTS",
+        0,
+        _integer(0, 1_000_000_000),
+        "Requests after which a worker process gives way to a new one, 0 for never.",
+    ),
+    Setting(
         "MUSET_DEPLOYMENT",
         "default",
         _deployment,
@@ -316,6 +322,11 @@ class Settings:
     def web_concurrency(self) -> int:
         """Number of worker processes."""
         return int(self.values["WEB_CONCURRENCY"])
+
+    @property
+    def max_requests(self) -> int:
+        """Requests after which a worker process gives way to a new one, 0 for never."""
+        return int(self.values["MUSET_MAX_REQUESTS"])
 
     @property
     def log_level(self) -> str:

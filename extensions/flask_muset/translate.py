@@ -347,6 +347,17 @@ def _os_error(exception: Any) -> MusetError:
     return InternalError(str(exception))
 
 
+def _unreadable(status: int) -> Callable[[Any], MusetError]:
+    """A request that is no HTTP, or more of it than the server takes."""
+
+    def refuse(exception: Any) -> MusetError:
+        error = ValidationError(str(exception), user_message="The request cannot be read.")
+        error.status = status
+        return error
+
+    return refuse
+
+
 _EXTERNAL, _NETWORK, _TIMEOUT = (
     ErrorCategory.EXTERNAL_SERVICE,
     ErrorCategory.NETWORK,
@@ -403,6 +414,14 @@ _KNOWN: Mapping[str, Translation] = {
     "urllib3.exceptions.HTTPError": _EXTERNAL,
     "urllib.error.HTTPError": _upstream,
     "urllib.error.URLError": _NETWORK,
+    # gunicorn, also while a body is read
+    "gunicorn.http.errors.ParseException": _unreadable(400),
+    "gunicorn.http.errors.LimitRequestLine": _unreadable(414),
+    "gunicorn.http.errors.LimitRequestHeaders": _unreadable(431),
+    "gunicorn.http.errors.ExpectationFailed": _unreadable(417),
+    "gunicorn.http.errors.ConfigurationProblem": ErrorCategory.INTERNAL,
+    "gunicorn.http.errors.InvalidResponseHeader": ErrorCategory.INTERNAL,
+    "gunicorn.http.errors.InvalidResponseHeaderName": ErrorCategory.INTERNAL,
     # sockets and the operating system
     "gevent.timeout.Timeout": _TIMEOUT,
     "builtins.TimeoutError": _TIMEOUT,

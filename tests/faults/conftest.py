@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from nginx_server import Nginx
 from redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ class Service:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = data_dir
-        self.key = None
+        self.key = environ.get("MUSET_ADMIN_KEY")
         self.process = None
         self._output = None
 
@@ -120,3 +121,19 @@ def make_service(tmp_path):
 @pytest.fixture
 def service(make_service):
     return make_service()
+
+
+@pytest.fixture
+def make_nginx(tmp_path):
+    """Makes one that passes to some ports; it is started."""
+    made = []
+
+    def make(*servers):
+        folder = tmp_path / f"nginx{len(made)}"
+        folder.mkdir()
+        made.append(Nginx(folder, servers))
+        return made[-1].start()
+
+    yield make
+    for nginx in made:
+        nginx.stop()
