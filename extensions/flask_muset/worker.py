@@ -19,6 +19,7 @@ import signal
 import socket
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, partial
@@ -194,20 +195,21 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
     def run(self) -> None:
         """Serve until the end, which is a signal or that enough requests were served."""
         pool = Pool(self.worker_connections)
-        options = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
-        servers = []
-        for sock in self.sockets:
-            sock.setblocking(1)
-            server = _Server(sock, handle=partial(self.handle, sock), spawn=pool, **options)
-            if self.cfg.workers > 1:
-                server.max_accept = 1
-            server.start()
-            servers.append(server)
+        servers = [self._listen(sock, pool) for sock in self.sockets]
         while self.alive:
             self._beat()
         if not _draining:
             self._retire()
         self._drain(servers, pool)
+
+    def _listen(self, sock: Any, pool: Pool) -> "_Server":
+        sock.setblocking(1)
+        options = {"ssl_context": ssl_context(self.cfg)} if self.cfg.is_ssl else {}
+        server = _Server(sock, self.handle, spawn=pool, **options)
+        if self.cfg.workers > 1:
+            server.max_accept = 1
+        server.start()
+        return server
 
     def _beat(self) -> None:
         self.notify()
@@ -288,7 +290,21 @@ class _Connection:
 
 
 class _Server(StreamServer):  # type: ignore[misc]
-    """A listening socket."""
+    """A listening socket.
+
+    Args:
+        sock: Of the master.
+        handle: Called for each connection, with this server in the place of the socket, which may
+            be closed by then.
+        **options: Of gevent.
+    """
+
+    def __init__(self, sock: Any, handle: Callable[..., None], **options: Any) -> None:
+        super().__init__(sock, handle=partial(handle, self), **options)
+
+    def getsockname(self) -> Any:
+        """The address of the socket."""
+        return self.address
 
     def finish(self) -> None:
         """Take those who have connected, and nobody else."""
