@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import requests
 from nginx_server import Nginx
-from redis_server import free_port
+from postgres_server import PostgresServer
+from redis_server import RedisServer, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,8 @@ class Service:
 
     def start(self):
         began = time.monotonic()
+        if self._output is not None:
+            self._output.close()
         self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
         env = os.environ | {
             "MUSET_DATA_DIR": str(self.data_dir / "data"),
@@ -63,6 +66,14 @@ class Service:
         found = re.search(r"^Admin key: (msk_\S+)$", self.output(), re.MULTILINE)
         self.key = found[1] if found else self.key
         return time.monotonic() - began
+
+    def start_again(self):
+        """As a supervisor does, until those that were there before have let go of the port."""
+        for _ in range(20):
+            with contextlib.suppress(AssertionError):
+                return self.start()
+            time.sleep(0.2)
+        pytest.fail(f"it does not start again: {self.output()}")
 
     def output(self):
         return (self.data_dir / "output.txt").read_text(errors="replace")
@@ -101,6 +112,70 @@ class Service:
         code = self.process.wait(40)
         self._output.close()
         return code
+
+
+class Stack:
+    """Two services of some workers each behind nginx, over one Redis and one PostgreSQL.
+
+    Args:
+        folder: An empty one.
+        **environ: Further variables of both services.
+    """
+
+    KEY = "msk_" + "k" * 43
+
+    def __init__(self, folder, **environ):
+        self.redis = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
+        self.postgres = PostgresServer(durable=True)
+        self._environ = {"WEB_CONCURRENCY": "2", "MUSET_ADMIN_KEY": self.KEY, **environ}
+        self._folder = folder
+        self.services = []
+        self.nginx = None
+
+    def start(self):
+        self.redis.start()
+        self.postgres.start()
+        shared = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
+        for name in ("one", "two"):
+            folder = self._folder / name
+            folder.mkdir()
+            self.services.append(Service(folder, **shared, **self._environ))
+            self.services[-1].start()
+        folder = self._folder / "nginx"
+        folder.mkdir()
+        self.nginx = Nginx(folder, [service.port for service in self.services]).start()
+        return self
+
+    @property
+    def url(self):
+        return f"{self.nginx.url}/api/v1"
+
+    @property
+    def headers(self):
+        return self.services[0].headers
+
+    def stop(self):
+        if self.nginx is not None:
+            self.nginx.stop()
+        for service in self.services:
+            if service.process is not None and service.process.poll() is None:
+                service.kill_group()
+        self.redis.kill()
+        self.postgres.remove()
+
+
+@pytest.fixture
+def make_stack(tmp_path):
+    """Makes one and starts it."""
+    made = []
+
+    def make(**environ):
+        made.append(Stack(tmp_path, **environ))
+        return made[-1].start()
+
+    yield make
+    for stack in made:
+        stack.stop()
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ class Answered:
         category: Of the error, None for none.
         retry_after: Seconds, None where it is not said.
         form: Content type of the answer.
+        request_id: Of the answer.
     """
 
     kind: str
@@ -30,6 +31,7 @@ class Answered:
     category: str | None
     retry_after: int | None
     form: str
+    request_id: str
 
 
 class Load:
@@ -39,13 +41,14 @@ class Load:
         url: Of the service, or of what stands in front of it.
         headers: Of each request.
         kinds: By name: a function that is given a session and a number and returns a response.
+            The number of the client is the session's `client`.
         clients: How many threads.
         pause_s: Between two requests of one.
         wait: Called before each request, to gather clients for one.
 
     Attributes:
         answers: What was answered.
-        text: Of what failed, for messages.
+        failures: Texts of what failed, for messages.
     """
 
     def __init__(self, url, headers, kinds, *, clients, pause_s=0.0, wait=None):
@@ -58,7 +61,7 @@ class Load:
         self._pause_s = pause_s
         self._wait = wait
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(clients)]
+        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
         self._turn = threading.Lock()
 
     def __enter__(self):
@@ -71,9 +74,10 @@ class Load:
         for thread in self._threads:
             thread.join()
 
-    def _run(self):
+    def _run(self, client):
         with requests.Session() as session:
             session.headers = self._headers
+            session.client = client
             session.mount("http://", HTTPAdapter(max_retries=0))
             while not self._over.wait(self._pause_s):
                 if self._wait is not None and not self._wait():
@@ -88,7 +92,7 @@ class Load:
             answer = ask(session, number)
         except requests.RequestException as error:
             self.failures.append(f"{kind} {number}: {error!r}")
-            return Answered(kind, began, time.monotonic(), 0, None, None, "")
+            return Answered(kind, began, time.monotonic(), 0, None, None, "", "")
         form = answer.headers.get("Content-Type", "")
         body = answer.json() if "json" in form else {}
         category = body.get("category") if isinstance(body, dict) else None
@@ -103,6 +107,7 @@ class Load:
             category if answer.status_code >= 400 else None,
             None if wait is None else int(wait),
             form,
+            answer.headers.get("X-Request-ID", ""),
         )
 
     def refused(self, since=0.0):

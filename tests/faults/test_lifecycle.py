@@ -88,7 +88,9 @@ def test_reload_under_load(make_service, make_nginx, prove):
     told = [time.monotonic()]
 
     def reload():
-        if time.monotonic() > told[-1] + (4 if prove.full else 0.5) and (prove.full or not told[1:]):
+        if time.monotonic() > told[-1] + (4 if prove.full else 0.5) and (
+            prove.full or not told[1:]
+        ):
             service.process.send_signal(signal.SIGHUP)
             told.append(time.monotonic())
 

@@ -178,6 +178,19 @@ def test_a_delete_of_a_key_without_an_owner_is_the_caches_own(shop):
     assert (shop.source, shop.calls) == ({}, [("page", None)])
 
 
+def test_a_journal_that_goes_away_during_a_delete(shop, monkeypatch):
+    """The key is forgotten by the cache, its caller is told that nobody knows more."""
+
+    def away(_key):
+        raise CacheUnavailable("Redis has gone")
+
+    shop.put("other", 1)
+    shop.cache.set("page", 1)
+    monkeypatch.setattr(shop.behind.journal, "newest", away)
+    assert shop.cache.delete("page") is False
+    assert shop.cache.get("page") is None
+
+
 def test_invalidate_tells_no_source(shop):
     """The method of a decorated function forgets in the cache alone."""
     load = shop.cache.cached("user", 60)(lambda number: number)
