@@ -740,6 +740,27 @@ def test_what_was_written_without_the_journal_is_not_overtaken(tmp_path):
         server.kill()
 
 
+def test_what_was_read_while_the_journal_was_away_does_not_stay(tmp_path):
+    """The source lacks what waits: as soon as Redis is back the accepted write is read again."""
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always").start()
+    try:
+        shop = Shop({"REDIS_URL": server.url, "REDIS_BUDGET": 0.5})
+        assert shop.put("user:1", "accepted")
+        shop.evict("user:1")
+        server.kill()
+        read, found, came_back = [], None, time.monotonic() + 1
+        while found != "accepted" and time.monotonic() < came_back + 15:
+            found = shop.cache.cache_aside("user:1", lambda: "of the source", 60)
+            read.append(found)
+            if time.monotonic() > came_back and server._process.poll() is not None:
+                server.start()
+            time.sleep(0.02)
+        assert read[0] == "of the source"
+        assert found == "accepted"
+    finally:
+        server.kill()
+
+
 def test_a_process_drains_what_another_has_left(place):
     """The first request of an app with named writers begins it; nobody has to write for that."""
     Shop(place).put("user:1", "left")
