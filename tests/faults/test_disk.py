@@ -1,5 +1,6 @@
 """A disk that has no room: writes are refused and told so, reads go on, and it recovers."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -67,9 +68,9 @@ def test_a_full_disk(service, tiny_disk):
     service.start()
     assert store(service, "small", "A small document.") == 201
     filler = tiny_disk / "filler"
-    with filler.open("wb", buffering=0) as file, pytest.raises(OSError, match="space"):
-        while True:
-            file.write(bytes(4096))
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
     check_refusal(service)
     answer = requests.put(
         f"{service.url}/api/v1/users/1/preferences",

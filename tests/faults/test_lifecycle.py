@@ -1,14 +1,11 @@
 """Reload, stop and recycling of the service behind the shipped nginx: no request is lost."""
 
 import re
-import runpy
 import signal
-import sqlite3
 import threading
 import time
 
 import pytest
-import requests
 from conftest import ROOT
 from load import Load
 

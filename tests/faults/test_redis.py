@@ -114,6 +114,8 @@ def goes_and_comes_back(service, session, name, fault):
     try:
         until(lambda: session.get(mine, timeout=30).json() == {"is": f"before {name}"}, 10)
     except AssertionError:
-        a = session.get(mine, timeout=30); print(name, a.status_code, a.text, a.headers, service.output()[-6000:]); raise
+        a = session.get(mine, timeout=30)
+        print(name, a.status_code, a.text, a.headers, service.output()[-6000:])
+        raise
     until(lambda: put(f"after {name}").ok)
     assert session.get(mine, timeout=30).json() == {"is": f"after {name}"}

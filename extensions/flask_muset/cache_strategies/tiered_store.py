@@ -131,7 +131,7 @@ class TieredStore(Changing):
         self._held: dict[Lease, float] = {}
         self._is_renewing = False
         self._readings: dict[str, _Reading] = {}
-        #: Keys that the memory has from loads while Redis could not be asked.
+        #: Keys that the memory has from loads before which Redis could not be asked.
         self._unasked: set[str] = set()
         self._entries = self._make_entries()
         give_lock(self)
@@ -437,12 +437,12 @@ class TieredStore(Changing):
         is_held = None
         if lease.token:
             is_held = self._ask("settle", lambda entries: entries.settle(lease, entry, backoff_s))
+        elif entry is not None:
+            self._note_unasked(lease.key)
         if is_held is False or entry is None:
             return False
         # Where Redis cannot be asked the memory decides: it knows what was made invalid, or its
         # entries do not last long.
-        if is_held is None:
-            self._note_unasked(lease.key)
         is_kept = self.memory.put(lease.key, entry, lease.mark)
         return is_kept if is_held is None else is_held
 
