@@ -109,6 +109,10 @@ class Service:
             os.killpg(self.process.pid, sig)
         else:
             self.process.send_signal(sig)
+        return self.wait()
+
+    def wait(self):
+        """Wait for its end; gives the exit code."""
         code = self.process.wait(40)
         self._output.close()
         return code

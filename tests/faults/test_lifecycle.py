@@ -1,11 +1,15 @@
 """Reload, stop and recycling of the service behind the shipped nginx: no request is lost."""
 
+import contextlib
+import json
 import re
 import signal
+import sqlite3
 import threading
 import time
 
 import pytest
+import requests
 from conftest import ROOT
 from load import Load
 
@@ -121,3 +125,30 @@ def test_recycled_under_load(make_service, make_nginx, prove, workers):
     )
     assert failed == [], (load.failures[:3], nginx.errors()[-2000:])
     assert len(seen) > int(workers) + 1
+
+
+def test_a_stop_says_so_first(make_service):
+    """SIGTERM: `ready` is `draining` while connections are taken, what was accepted is written.
+
+    Lost is nothing, no request fails that was accepted; the exit code is 0.
+    """
+    service = make_service()
+    service.start()
+    mine = f"{service.url}/api/v1/users/1/preferences"
+    for number in range(20):
+        put = requests.put(mine, json={"n": number}, headers=service.headers, timeout=30)
+        assert put.status_code == 200
+    service.process.send_signal(signal.SIGTERM)
+    seen = []
+    with contextlib.suppress(requests.ConnectionError):
+        while True:
+            ready = requests.get(f"{service.url}/health/ready", timeout=30)
+            seen.append((ready.status_code, ready.json()["status"]))
+            time.sleep(0.02)
+    assert (503, "draining") in seen
+    assert seen == sorted(seen), "it was ready again"
+    assert service.wait() == 0
+    with sqlite3.connect(service.data_dir / "data" / "muset.db") as database:
+        (data,) = database.execute("SELECT data FROM preferences").fetchone()
+    database.close()
+    assert json.loads(data) == {"n": 19}
