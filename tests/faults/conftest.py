@@ -13,7 +13,7 @@ import pytest
 import requests
 from nginx_server import Nginx
 from postgres_server import PostgresServer
-from redis_server import RedisServer, free_port
+from redis_server import RedisServer, SlowWay, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -123,27 +123,34 @@ class Stack:
 
     Args:
         folder: An empty one.
+        cut: Whether the first service reaches Redis and PostgreSQL by `ways`, which can be held.
         **environ: Further variables of both services.
     """
 
     KEY = "msk_" + "k" * 43
 
-    def __init__(self, folder, **environ):
+    def __init__(self, folder, *, cut=False, **environ):
         self.redis = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
         self.postgres = PostgresServer(durable=True)
         self._environ = {"WEB_CONCURRENCY": "2", "MUSET_ADMIN_KEY": self.KEY, **environ}
         self._folder = folder
         self.services = []
+        self.ways = [SlowWay(each.port) for each in (self.redis, self.postgres)] if cut else []
         self.nginx = None
 
     def start(self):
         self.redis.start()
         self.postgres.start()
         shared = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
+        servers = [self.redis, self.postgres]
         for name in ("one", "two"):
             folder = self._folder / name
             folder.mkdir()
-            self.services.append(Service(folder, **shared, **self._environ))
+            mine = dict(shared)
+            for variable, way, server in zip(shared, self.ways, servers, strict=False):
+                if name == "one":
+                    mine[variable] = mine[variable].replace(f":{server.port}/", f":{way.port}/")
+            self.services.append(Service(folder, **mine, **self._environ))
             self.services[-1].start()
         folder = self._folder / "nginx"
         folder.mkdir()
@@ -164,6 +171,8 @@ class Stack:
         for service in self.services:
             if service.process is not None and service.process.poll() is None:
                 service.kill_group()
+        for way in self.ways:
+            way.close()
         self.redis.kill()
         self.postgres.remove()
 

@@ -238,3 +238,42 @@ def test_everything_fails_once(make_stack, prove):
         assert worst < (5 if prove.full else 30)
         for service in stack.services:
             assert requests.get(f"{service.url}/health/ready", timeout=30).json()["reasons"] == []
+
+
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "One of two hosts is cut off from Redis and PostgreSQL for 8 s, its packets lost: the other one "
+    "works, clients of the first get 503 or 504 in time, no accepted write is lost, over within 5 s"
+)
+def test_a_host_is_cut_off(make_stack, prove):
+    """What the host sent comes to nothing, or comes late, and is not done then."""
+    stack = make_stack(cut=True, REQUEST_TIMEOUT="2")
+    clients = Clients(stack)
+    one, two = stack.services
+    with (
+        Load(stack.nginx.url, stack.headers, clients.kinds, clients=CLIENTS, pause_s=0.05) as load,
+    ):
+        time.sleep(2)
+        cut_at = time.monotonic()
+        for way in stack.ways:
+            way.hold()
+        time.sleep(8)
+        ready = [requests.get(f"{each.url}/health/ready", timeout=30) for each in (one, two)]
+        for way in stack.ways:
+            way.let_go()
+        back = time.monotonic()
+        time.sleep(8)
+    failed = load.refused()
+    late = max([each.began - back for each in failed if not of_redis(each)], default=0.0)
+    kinds = Counter(each.status for each in failed)
+    lost = clients.lost(load.answers)
+    prove.figure(
+        f"{len(load.answers)} answers, failed {dict(kinds)}, over {max(late, 0):.1f} s after the "
+        f"link was back, {len(clients.documents)} documents accepted, {len(lost)} lost"
+    )
+    assert [each.status_code for each in ready] == [503, 200]
+    assert lost == []
+    assert set(kinds) <= {503, 504}
+    assert [each for each in failed if each.status == 503 and not each.retry_after] == []
+    assert [each for each in failed if each.ended < cut_at and not of_redis(each)] == []
+    assert late < 5
