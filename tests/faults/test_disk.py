@@ -63,7 +63,11 @@ def store(service, title, text):
     ).status_code
 
 
-def test_a_full_disk(service, tiny_disk):
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "A full disk: 503 with Retry-After for writes, reads go on, over with room again"
+)
+def test_a_full_disk(service, tiny_disk, prove):
     """ENOSPC; and once there is room again, all is as before."""
     service.start()
     assert store(service, "small", "A small document.") == 201
@@ -82,6 +86,7 @@ def test_a_full_disk(service, tiny_disk):
     assert int(answer.headers["Retry-After"]) >= 1
     filler.unlink()
     assert store(service, "after", "There is room again.") == 201
+    prove.figure("database and preferences refused, read meanwhile, 201 after")
     assert service.stop() == 0
 
 

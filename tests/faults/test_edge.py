@@ -10,6 +10,8 @@ from collections import Counter
 
 import pytest
 import requests
+from conftest import Service
+from nginx_server import Nginx
 
 #: Refusals of the service and of nginx that a request without a key may come to.
 REFUSALS = {400, 401, 404, 405, 408, 411, 413, 414, 415, 417, 422, 429, 431}
@@ -44,15 +46,18 @@ class Watch:
             self.slowest = max(self.slowest, time.monotonic() - began)
 
 
-@pytest.fixture
-def edge(make_service, make_nginx):
+@pytest.fixture(scope="module")
+def edge(tmp_path_factory):
     """A service and an nginx before it; its worker must be the same at the end."""
-    service = make_service()
+    service = Service(tmp_path_factory.mktemp("service"))
     service.start()
     workers = service.workers()
-    nginx = make_nginx(service.port)
+    nginx = Nginx(tmp_path_factory.mktemp("nginx"), [service.port]).start()
     yield service, nginx
-    assert service.workers() == workers
+    nginx.stop()
+    same = service.workers() == workers
+    assert service.stop() == 0
+    assert same
     assert "Traceback" not in service.output()
     assert service.output().count("Booting worker") == 1
 
