@@ -36,6 +36,12 @@ worker_class = "flask_muset.worker.FairGeventWorker"
 worker_connections = 1000
 preload_app = True
 backlog = 2048
+# The most that gunicorn takes: a long question that is no ASCII has three letters a byte.
+limit_request_line = 8190
+# Not all at once.
+max_requests = _settings.max_requests
+max_requests_jitter = max_requests // 10
+# nginx's 15 s < this < graceful_timeout: a worker that ends waits for connections that nginx keeps.
 keepalive = 20
 graceful_timeout = 30
 # A heartbeat of the hub, no limit on a request.

@@ -266,6 +266,12 @@ SETTINGS: tuple[Setting, ...] = (
         "Wrong keys a minute from one client address, 0 for no limit of their own.",
     ),
     Setting(
+        "MUSET_MAX_REQUESTS",
+        0,
+        _integer(0, 1_000_000_000),
+        "Requests after which a worker process gives way to a new one, 0 for never.",
+    ),
+    Setting(
         "MUSET_DEPLOYMENT",
         "default",
         _deployment,
@@ -371,6 +377,11 @@ class Settings:
     def wrong_keys_per_minute(self) -> int:
         """Wrong keys a minute from one client address, 0 for no limit of their own."""
         return int(self.values["MUSET_WRONG_KEYS_PER_MINUTE"])
+
+    @property
+    def max_requests(self) -> int:
+        """Requests after which a worker process gives way to a new one, 0 for never."""
+        return int(self.values["MUSET_MAX_REQUESTS"])
 
     @property
     def log_level(self) -> str:

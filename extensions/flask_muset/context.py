@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REQUEST_ID_KEY",
+    "UNREADABLE",
     "Exchange",
     "Observer",
     "Rank",
@@ -42,6 +43,7 @@ __all__ = [
     "emit",
     "find",
     "install",
+    "new_id",
     "request_id",
     "spawn",
     "state",
@@ -52,6 +54,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 REQUEST_ID_KEY = "flask_muset.request_id"
+#: Where an app has, in `app.extensions`, what answers a request that its server cannot read: a
+#: function of the error that gives status, headers and body.
+UNREADABLE = "flask_muset.unreadable"
 _EXTENSION = "flask_muset.context"
 _TRANSLATIONS = "flask_muset.translations"
 _HEADER = "X-Request-ID"
@@ -332,6 +337,11 @@ def install(app: Flask) -> RequestContext:
         layer = app.extensions[_EXTENSION] = RequestContext(app)
         app.wsgi_app = layer.__call__  # type: ignore[method-assign]
     return layer
+
+
+def new_id() -> str:
+    """An id for what is no request, unique among those of requests."""
+    return f"{_ids.prefix}{next(_ids.count)}"
 
 
 def request_id() -> str | None:

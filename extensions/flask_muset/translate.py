@@ -32,6 +32,7 @@ from flask_muset.errors import (
 
 __all__ = [
     "CLASSES",
+    "DISK_REFUSES",
     "Translation",
     "aborted_by_validation",
     "field_errors",
@@ -60,6 +61,8 @@ CLASSES: Mapping[ErrorCategory, type[MusetError]] = {
     )
 }
 
+#: `code` of a DatabaseError whose cause is the database's disk. Reads may go on all the same.
+DISK_REFUSES = "disk"
 _MAX_FIELD_ERRORS = 100
 #: A longer Retry-After is a mistake: nobody waits for a month.
 _MAX_RETRY_AFTER_S = 30.0 * 86_400
@@ -225,6 +228,11 @@ _UNREACHABLE_SQLITE = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_CANTOPEN", "SQLIT
 #: 08 connection, 53 resources, 57P0 shut down, 40001 and 40P01 a lost race that may be repeated
 _UNREACHABLE_SQLSTATES = ("08", "53", "57P0", "40001", "40P01")
 _UNREACHABLE_MYSQL = {1040, 1205, 1213, 2002, 2003, 2006, 2013, 2055}
+#: A disk that is full, over its quota or broken: waiting a little changes nothing.
+_DISK_SQLITE = ("SQLITE_FULL", "SQLITE_IOERR")
+_DISK_SQLSTATES = ("53100", "58030")
+#: Seconds after which such a disk may be worth another try.
+_DISK_S = 10.0
 _CONFLICT_SQLITE = (
     "SQLITE_CONSTRAINT_UNIQUE",
     "SQLITE_CONSTRAINT_PRIMARYKEY",
@@ -254,10 +262,19 @@ def _cannot_reach(exception: Any, original: Any) -> bool:
     )[0] in ("psycopg", "psycopg2")
 
 
+def _is_of_disk(original: Any) -> bool:
+    name = str(getattr(original, "sqlite_errorname", None) or "")
+    return name.startswith(_DISK_SQLITE) or _sqlstate(original) in _DISK_SQLSTATES
+
+
 def _database(exception: Any) -> MusetError:
     original = getattr(exception, "orig", None) or exception
     if _sqlstate(original) == "57014":
         return OperationTimeoutError(str(exception))
+    if _is_of_disk(original):
+        return DatabaseError(
+            str(exception), unavailable=True, code=DISK_REFUSES, retry_after=_DISK_S
+        )
     return DatabaseError(str(exception), unavailable=_cannot_reach(exception, original))
 
 
@@ -347,6 +364,17 @@ def _os_error(exception: Any) -> MusetError:
     return InternalError(str(exception))
 
 
+def _unreadable(status: int) -> Callable[[Any], MusetError]:
+    """A request that is no HTTP, or more of it than the server takes."""
+
+    def refuse(exception: Any) -> MusetError:
+        error = ValidationError(str(exception), user_message="The request cannot be read.")
+        error.status = status
+        return error
+
+    return refuse
+
+
 _EXTERNAL, _NETWORK, _TIMEOUT = (
     ErrorCategory.EXTERNAL_SERVICE,
     ErrorCategory.NETWORK,
@@ -403,6 +431,14 @@ _KNOWN: Mapping[str, Translation] = {
     "urllib3.exceptions.HTTPError": _EXTERNAL,
     "urllib.error.HTTPError": _upstream,
     "urllib.error.URLError": _NETWORK,
+    # gunicorn, also while a body is read
+    "gunicorn.http.errors.ParseException": _unreadable(400),
+    "gunicorn.http.errors.LimitRequestLine": _unreadable(414),
+    "gunicorn.http.errors.LimitRequestHeaders": _unreadable(431),
+    "gunicorn.http.errors.ExpectationFailed": _unreadable(417),
+    "gunicorn.http.errors.ConfigurationProblem": ErrorCategory.INTERNAL,
+    "gunicorn.http.errors.InvalidResponseHeader": ErrorCategory.INTERNAL,
+    "gunicorn.http.errors.InvalidResponseHeaderName": ErrorCategory.INTERNAL,
     # sockets and the operating system
     "gevent.timeout.Timeout": _TIMEOUT,
     "builtins.TimeoutError": _TIMEOUT,

@@ -10,7 +10,7 @@ from flask_muset.clock import SYSTEM
 from flask_muset.errors import DatabaseError
 from flask_muset.locks import is_patched
 from flask_muset.resilience import Bulkhead, Policy
-from flask_muset.translate import translate
+from flask_muset.translate import DISK_REFUSES, translate
 from muset.models import Base
 
 __all__ = [
@@ -76,9 +76,13 @@ class OutcomeUnknownError(DatabaseError):
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether the database could not be used just now, locked, full of work or away."""
+    """Whether the database could not be used just now, locked, full of work or away.
+
+    One whose disk is full is not away: it is read as ever, and what it refuses once it refuses
+    again.
+    """
     known = translate(error, {})
-    return isinstance(known, DatabaseError) and known.unavailable
+    return isinstance(known, DatabaseError) and known.unavailable and known.code != DISK_REFUSES
 
 
 def may_repeat(error: BaseException) -> bool:

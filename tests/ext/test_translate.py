@@ -1,5 +1,6 @@
 """Other libraries' real exceptions in our words."""
 
+import contextlib
 import socket
 import sqlite3
 import ssl
@@ -14,9 +15,10 @@ import redis
 import requests
 import sqlalchemy as sa
 import urllib3
+from gunicorn.http import errors as gunicorn_errors
 from sqlalchemy.orm import exc as orm_exc
 
-from flask_muset.translate import translate
+from flask_muset.translate import DISK_REFUSES, translate
 
 
 def status_error(status, headers=None):
@@ -74,6 +76,11 @@ def pool_error():
         (ssl.SSLError(), "network", 503, True),
         (FileNotFoundError(), "internal", 500, False),
         (gevent.Timeout(1), "timeout", 504, True),
+        (gunicorn_errors.InvalidRequestLine("x"), "validation", 400, False),
+        (gunicorn_errors.InvalidChunkSize(b"x"), "validation", 400, False),
+        (gunicorn_errors.LimitRequestLine(9, 8), "validation", 414, False),
+        (gunicorn_errors.LimitRequestHeaders("x"), "validation", 431, False),
+        (gunicorn_errors.InvalidResponseHeader("x"), "internal", 500, False),
         (ValueError("x"), "internal", 500, False),
         (KeyError("x"), "internal", 500, False),
     ],
@@ -142,3 +149,15 @@ def test_field_errors_of_validation_libraries():
     with pytest.raises(marshmallow.ValidationError) as raised:
         OrderSchema().load({"items": [{}]})
     assert [e["field"] for e in translate(raised.value, {}).errors] == ["items.0.email"]
+
+
+def test_a_full_disk():
+    """A database that has no room is refused for longer than a moment, and told by its code."""
+    with contextlib.closing(sqlite3.connect(":memory:")) as database:
+        database.execute("CREATE TABLE t (text)")
+        database.execute("PRAGMA max_page_count = 3")
+        with pytest.raises(sqlite3.OperationalError, match="full") as caught:
+            database.execute("INSERT INTO t VALUES (?)", ["x" * 100_000])
+    error = translate(caught.value, {})
+    assert (error.status, error.code, error.retryable) == (503, DISK_REFUSES, True)
+    assert error.retry_after > 1

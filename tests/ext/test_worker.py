@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import json
 import os
 import signal
 import socket
@@ -185,3 +186,100 @@ def test_a_stop_does_not_wait_for_who_says_nothing(server):
     assert time.monotonic() - began < 6
     for one in silent:
         one.close()
+
+
+def test_a_stop_waits_for_a_proxy_s_connections(server):
+    """An idle connection that a proxy keeps has one more request answered, and is closed then."""
+    process, port = server
+    with connect(port) as kept:
+        kept.request("GET", "/", headers={"X-Forwarded-For": "192.0.2.1"})
+        assert kept.getresponse().read() == b"ok"
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2.5)
+        with pytest.raises(OSError, match="refused"):
+            socket.create_connection(("127.0.0.1", port))
+        kept.request("POST", "/nowhere", body=b"x", headers={"X-Forwarded-For": "192.0.2.1"})
+        answer = kept.getresponse()
+        answer.read()
+        assert (answer.status, answer.headers["Connection"]) == (404, "close")
+        assert process.wait(10) == 0
+
+
+def test_a_worker_without_a_master_ends_its_requests(server):
+    """kill -9 of the master: what runs is answered, and the port is free for another master."""
+    process, port = server
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(get(port, "/slow")))
+    thread.start()
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    thread.join()
+    assert answers[0][0] == 200
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return
+        time.sleep(0.05)
+    pytest.fail("the worker still listens")
+
+
+def test_recycled_workers_lose_no_request(tmp_path):
+    """After a number of requests another process goes on; kept connections are told to close."""
+    source = APP + "\n@app.get('/pid')\ndef pid():\n    import os\n    return str(os.getpid())\n"
+    with serve(tmp_path, source, "--max-requests", "10", "--keep-alive", "5") as (_, port):
+        pids, until = set(), time.monotonic() + 30
+        with connect(port) as kept:
+            while len(pids) < 2 and time.monotonic() < until:
+                assert ask(kept, "/")[0] == 200
+                status, pid = get(port, "/pid")
+                assert status == 200
+                pids.add(pid)
+    assert len(pids) > 1
+
+
+def test_a_worker_that_has_only_begun_hears_of_the_end(tmp_path):
+    """gunicorn tells a worker once, which may have the master's handlers then."""
+    config = "import time\ngraceful_timeout = 60\ndef post_fork(server, worker): time.sleep(1)\n"
+    with serve(tmp_path, APP, config=config) as (process, _):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+def exchange(port, data):
+    """What comes back for some bytes: status and the rest."""
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
+        sock.sendall(data)
+        found = b""
+        while piece := sock.recv(65536):
+            found += piece
+    head, _, body = found.partition(b"\r\n\r\n")
+    return int(head.split()[1]), head.decode(), body
+
+
+def test_what_cannot_be_read(tmp_path):
+    """A request that is no HTTP is answered as the app answers its errors."""
+    source = APP + (
+        "\nfrom flask import request\nfrom flask_muset import ErrorHandler\nErrorHandler(app)\n"
+        "@app.post('/body')\ndef body():\n    return request.get_data()\n"
+    )
+    with serve(tmp_path, source) as (_, port):
+        for data, expected in [
+            (b"GARBAGE\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nA b: c\r\n\r\n", 400),
+            (b"GET / HTTP/1.1\r\nTransfer-Encoding: wrong\r\n\r\n", 400),
+            (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n\r\n", 414),
+            (b"GET / HTTP/1.1\r\nA: " + b"b" * 200_000 + b"\r\n\r\n", 431),
+            (b"GET / HTTP/1.1\r\nExpect: much\r\n\r\n", 417),
+            (b"POST /body HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+        ]:
+            status, head, body = exchange(port, data)
+            assert status == expected, head
+            found = json.loads(body)
+            assert (found["error"], found["category"]) == ("ValidationError", "validation")
+            assert f"X-Request-ID: {found['request_id']}" in head
+        assert get(port, "/") == (200, "ok")

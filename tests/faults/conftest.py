@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 import requests
-from redis_server import free_port
+from nginx_server import Nginx
+from postgres_server import PostgresServer
+from redis_server import RedisServer, SlowWay, free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,12 +31,14 @@ class Service:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = data_dir
-        self.key = None
+        self.key = environ.get("MUSET_ADMIN_KEY")
         self.process = None
         self._output = None
 
     def start(self):
         began = time.monotonic()
+        if self._output is not None:
+            self._output.close()
         self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
         env = os.environ | {
             "MUSET_DATA_DIR": str(self.data_dir / "data"),
@@ -62,6 +66,14 @@ class Service:
         found = re.search(r"^Admin key: (msk_\S+)$", self.output(), re.MULTILINE)
         self.key = found[1] if found else self.key
         return time.monotonic() - began
+
+    def start_again(self):
+        """As a supervisor does, until those that were there before have let go of the port."""
+        for _ in range(20):
+            with contextlib.suppress(AssertionError):
+                return self.start()
+            time.sleep(0.2)
+        pytest.fail(f"it does not start again: {self.output()}")
 
     def output(self):
         return (self.data_dir / "output.txt").read_text(errors="replace")
@@ -97,9 +109,86 @@ class Service:
             os.killpg(self.process.pid, sig)
         else:
             self.process.send_signal(sig)
+        return self.wait()
+
+    def wait(self):
+        """Wait for its end; gives the exit code."""
         code = self.process.wait(40)
         self._output.close()
         return code
+
+
+class Stack:
+    """Two services of some workers each behind nginx, over one Redis and one PostgreSQL.
+
+    Args:
+        folder: An empty one.
+        cut: Whether the first service reaches Redis and PostgreSQL by `ways`, which can be held.
+        **environ: Further variables of both services.
+    """
+
+    KEY = "msk_" + "k" * 43
+
+    def __init__(self, folder, *, cut=False, **environ):
+        self.redis = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
+        self.postgres = PostgresServer(durable=True)
+        self._environ = {"WEB_CONCURRENCY": "2", "MUSET_ADMIN_KEY": self.KEY, **environ}
+        self._folder = folder
+        self.services = []
+        self.ways = [SlowWay(each.port) for each in (self.redis, self.postgres)] if cut else []
+        self.nginx = None
+
+    def start(self):
+        self.redis.start()
+        self.postgres.start()
+        shared = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
+        servers = [self.redis, self.postgres]
+        for name in ("one", "two"):
+            folder = self._folder / name
+            folder.mkdir()
+            mine = dict(shared)
+            for variable, way, server in zip(shared, self.ways, servers, strict=False):
+                if name == "one":
+                    mine[variable] = mine[variable].replace(f":{server.port}/", f":{way.port}/")
+            self.services.append(Service(folder, **mine, **self._environ))
+            self.services[-1].start()
+        folder = self._folder / "nginx"
+        folder.mkdir()
+        self.nginx = Nginx(folder, [service.port for service in self.services]).start()
+        return self
+
+    @property
+    def url(self):
+        return f"{self.nginx.url}/api/v1"
+
+    @property
+    def headers(self):
+        return self.services[0].headers
+
+    def stop(self):
+        if self.nginx is not None:
+            self.nginx.stop()
+        for service in self.services:
+            if service.process is not None and service.process.poll() is None:
+                service.kill_group()
+        for way in self.ways:
+            way.close()
+        self.redis.kill()
+        self.postgres.remove()
+
+
+@pytest.fixture
+def make_stack(tmp_path):
+    """Makes one and starts it."""
+    made = []
+
+    def make(**environ):
+        made.append(Stack(tmp_path, **environ))
+        return made[-1].start()
+
+    yield make
+    for stack in made:
+        stack.stop()
 
 
 @pytest.fixture
@@ -120,3 +209,19 @@ def make_service(tmp_path):
 @pytest.fixture
 def service(make_service):
     return make_service()
+
+
+@pytest.fixture
+def make_nginx(tmp_path):
+    """Makes one that passes to some ports; it is started."""
+    made = []
+
+    def make(*servers):
+        folder = tmp_path / f"nginx{len(made)}"
+        folder.mkdir()
+        made.append(Nginx(folder, servers))
+        return made[-1].start()
+
+    yield make
+    for nginx in made:
+        nginx.stop()

@@ -12,22 +12,6 @@ from nginx_server import Nginx
 from muset.testing.upstream import Upstream
 
 
-@pytest.fixture
-def make_nginx(tmp_path):
-    """Makes one that passes to some ports; it is started."""
-    made = []
-
-    def make(*servers):
-        folder = tmp_path / f"nginx{len(made)}"
-        folder.mkdir()
-        made.append(Nginx(folder, servers))
-        return made[-1].start()
-
-    yield make
-    for nginx in made:
-        nginx.stop()
-
-
 def exchange(nginx, data):
     """Send bytes on a connection of their own; gives the head and the body of what comes."""
     with socket.create_connection(("127.0.0.1", nginx.port), timeout=10) as sock:
@@ -118,10 +102,11 @@ def test_in_front_of_the_service(make_service, make_nginx):
         assert b"event: done" in b"".join(piece for _, piece in pieces)
         assert len(pieces) > 3
         assert pieces[-1][0] - pieces[0][0] > 0.5
+        until = time.monotonic() + 10
+        while len(nginx.access_log()) < 4 and time.monotonic() < until:
+            time.sleep(0.1)
+        nginx.stop()  # else the service waits for the connections that it keeps
         assert service.stop() == 0
-    until = time.monotonic() + 10
-    while len(nginx.access_log()) < 4 and time.monotonic() < until:
-        time.sleep(0.1)
     lines = [json.loads(line) for line in nginx.access_log()]
     assert lines[0]["request_id"] == "chosen-by-the-client"
     assert [line["status"] for line in lines] == [201, 401, 403, 200]

@@ -17,7 +17,8 @@ from flask_muset.cache_strategies.write_behind import Gone, OutOfTurn, WriteBehi
 from flask_muset.cache_strategies.writers import WriteContext, Writer, takes_context
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
-from flask_muset.errors import NotFoundError
+from flask_muset.deadline import deadline
+from flask_muset.errors import MusetError, NotFoundError
 from flask_muset.signals import cache_operated
 
 __all__ = ["Cache", "check_tags"]
@@ -222,13 +223,19 @@ class Cache:
         """Let the source forget a key; None if it has not to be told."""
         writer = self.behind.writers.owner(key)
         is_accepted = self.behind.accept(key, None, writer)
+        if is_accepted is None and writer is None:
+            try:
+                writer = self.behind.next_writer(key)
+            except MusetError as error:  # the journal has gone away since it was asked
+                deadline.check()
+                _log.debug("%r is forgotten by the cache alone: %s", key, error)
+                is_accepted = False
         if is_accepted is False:
             # The source has the value; the cache may only forget it.
             self.store.delete(key)
             return False
         if is_accepted:
             return True
-        writer = writer or self.behind.next_writer(key)
         if writer is None:
             return None
         write = partial(self.behind.write_now, key, None, writer)

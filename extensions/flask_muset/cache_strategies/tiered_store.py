@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 #: whether it is back, and tells it first what it has missed.
 _SETTLING_S = 0.5
 _MAX_TAGS = 10_000
+#: Keys that are remembered; beyond these all entries of the memory are dropped.
+_MOST_UNASKED = 10_000
 _TRIES = 5
 #: Longer than anybody reads: the client has a budget.
 _LONG_S = 5.0
@@ -131,6 +133,8 @@ class TieredStore(Changing):
         self._held: dict[Lease, float] = {}
         self._is_renewing = False
         self._readings: dict[str, _Reading] = {}
+        #: Keys that the memory has from loads before which Redis could not be asked.
+        self._unasked: set[str] = set()
         self._entries = self._make_entries()
         give_lock(self)
         changed = weakref.WeakMethod(self._link_changed)
@@ -159,7 +163,18 @@ class TieredStore(Changing):
             return None
         if (self._repairs or self.owed) and not self._repair():
             return None
+        if self._unasked:
+            self._forget_unasked()
         return self._entries
+
+    def _forget_unasked(self) -> None:
+        """Drop what was loaded without a look at what waits in Redis to be written."""
+        with self._lock:
+            unasked, self._unasked = self._unasked, set()
+        if len(unasked) >= _MOST_UNASKED:
+            self.memory.clear()
+        for key in unasked:
+            self.memory.drop(key)
 
     def reach(self) -> RedisEntries:
         """The part of the store in Redis, which every process has told what it had missed.
@@ -262,6 +277,8 @@ class TieredStore(Changing):
     def confirmed(self, since: float) -> None:
         """All that was made invalid before is known."""
         self.memory.trusted_until = since + self._unlinked_s
+        if self._unasked and self._redis.state == "up":
+            run_beside(self._reach, name="cache-unasked")
         if (self._repairs or self.owed) and self._redis.state == "up":
             # What Redis has refused, or what this process had no time for.
             run_beside(self._repair, name="cache-repair")
@@ -422,12 +439,19 @@ class TieredStore(Changing):
         is_held = None
         if lease.token:
             is_held = self._ask("settle", lambda entries: entries.settle(lease, entry, backoff_s))
+        elif entry is not None:
+            self._note_unasked(lease.key)
         if is_held is False or entry is None:
             return False
         # Where Redis cannot be asked the memory decides: it knows what was made invalid, or its
         # entries do not last long.
         is_kept = self.memory.put(lease.key, entry, lease.mark)
         return is_kept if is_held is None else is_held
+
+    def _note_unasked(self, key: str) -> None:
+        with self._lock:
+            if len(self._unasked) < _MOST_UNASKED:
+                self._unasked.add(key)
 
     def _renew_beside(self) -> None:
         with self._lock:
@@ -639,6 +663,7 @@ class TieredStore(Changing):
             feed.abandon()
         self._held = {}
         self._readings = {}
+        self._unasked = set()
         self._is_renewing = self._is_repairing = False
         self._tags = {}
         self.memory.trusted_until = 0.0

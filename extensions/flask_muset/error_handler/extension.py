@@ -217,6 +217,7 @@ def _bind(app: Flask, state: _State) -> None:
     app.log_exception = partial(  # type: ignore[method-assign]
         _log_for_flask, app, state
     )
+    app.extensions[context.UNREADABLE] = partial(_unreadable, app, state)
     if state.config.catalogue is not None:
         app.register_blueprint(catalogue.make_blueprint(state.config.catalogue))
 
@@ -305,6 +306,14 @@ def _begin(
     answer.headers["Content-Length"] = str(len(data))
     start_response(answer.status, answer.headers.to_wsgi_list())
     return [] if environ["REQUEST_METHOD"] == "HEAD" else [data]
+
+
+def _unreadable(app: Flask, state: _State, error: MusetError) -> tuple[int, dict[str, str], bytes]:
+    """The answer to a request that the server could not read: status, headers and body."""
+    form = render.Form(render.PROBLEM_TYPE, app.json.dumps, state.config.catalogue)
+    answer, made = render.answer_of(error, ()), context.new_id()
+    content_type, body = render.render(answer, "", made, form, details={}, errors=())
+    return answer.status, {"Content-Type": content_type, "X-Request-ID": made}, body
 
 
 def _nothing() -> None: ...

@@ -199,6 +199,19 @@ def test_a_delete_of_a_key_without_an_owner_is_the_caches_own(shop):
     assert (shop.source, shop.calls) == ({}, [("page", None)])
 
 
+def test_a_journal_that_goes_away_during_a_delete(shop, monkeypatch):
+    """The key is forgotten by the cache, its caller is told that nobody knows more."""
+
+    def away(_key):
+        raise CacheUnavailable("Redis has gone")
+
+    shop.put("other", 1)
+    shop.cache.set("page", 1)
+    monkeypatch.setattr(shop.behind.journal, "newest", away)
+    assert shop.cache.delete("page") is False
+    assert shop.cache.get("page") is None
+
+
 def test_invalidate_tells_no_source(shop):
     """The method of a decorated function forgets in the cache alone."""
     load = shop.cache.cached("user", 60)(lambda number: number)
@@ -745,6 +758,27 @@ def test_what_was_written_without_the_journal_is_not_overtaken(tmp_path):
                 if shop.cache.flush(1):
                     break
         assert shop.calls == []
+    finally:
+        server.kill()
+
+
+def test_what_was_read_while_the_journal_was_away_does_not_stay(tmp_path):
+    """The source lacks what waits: as soon as Redis is back the accepted write is read again."""
+    server = RedisServer(tmp_path, "--appendonly", "yes", "--appendfsync", "always").start()
+    try:
+        shop = Shop({"REDIS_URL": server.url, "REDIS_BUDGET": 0.5})
+        assert shop.put("user:1", "accepted")
+        shop.evict("user:1")
+        server.kill()
+        read, found, came_back = [], None, time.monotonic() + 1
+        while found != "accepted" and time.monotonic() < came_back + 15:
+            found = shop.cache.cache_aside("user:1", lambda: "of the source", 60)
+            read.append(found)
+            if time.monotonic() > came_back and server._process.poll() is not None:
+                server.start()
+            time.sleep(0.02)
+        assert read[0] == "of the source"
+        assert found == "accepted"
     finally:
         server.kill()
 
