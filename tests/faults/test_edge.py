@@ -10,8 +10,8 @@ from collections import Counter
 
 import pytest
 import requests
-from conftest import Service
 from nginx_server import Nginx
+from services import Service
 
 #: Refusals of the service and of nginx that a request without a key may come to.
 REFUSALS = {400, 401, 404, 405, 408, 411, 413, 414, 415, 417, 422, 429, 431}

@@ -10,8 +10,8 @@ import time
 
 import pytest
 import requests
-from conftest import ROOT
 from load import Load
+from services import ROOT
 
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays eggs."}
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 import requests
-from conftest import Service
 from postgres_server import PostgresServer
+from services import Service
 
 
 @pytest.fixture(scope="module")

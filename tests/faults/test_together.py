@@ -205,7 +205,7 @@ SMALL = ("one host killed", "Redis killed")
 @pytest.mark.claim(
     "Two services of two workers behind nginx under load; one is killed, then a master alone, "
     "Redis and PostgreSQL are killed and started again, both reload: no accepted write is lost, "
-    "errors only while something is away and of the documented kinds, over within 5 s without a hand"
+    "errors only while something is away and of the documented kinds, over within 5 s by itself"
 )
 def test_everything_fails_once(make_stack, prove):
     """Phase after phase under one load; then every write that was answered with 2xx is there."""

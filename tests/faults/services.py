@@ -1,0 +1,177 @@
+"""Real processes: the service as a user starts it, ended by its own process id."""
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import requests
+from nginx_server import Nginx
+from postgres_server import PostgresServer
+from redis_server import RedisServer, SlowWay, free_port
+
+ROOT = Path(__file__).parents[2]
+
+
+class Service:
+    """`muset serve` in a process group of its own.
+
+    Args:
+        data_dir: Where it keeps what it keeps, and its output.
+        **environ: Further variables.
+    """
+
+    def __init__(self, data_dir, **environ):
+        self.environ = environ
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.data_dir = data_dir
+        self.key = environ.get("MUSET_ADMIN_KEY")
+        self.process = None
+        self._output = None
+
+    def start(self):
+        began = time.monotonic()
+        if self._output is not None:
+            self._output.close()
+        self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
+        env = os.environ | {
+            "MUSET_DATA_DIR": str(self.data_dir / "data"),
+            "PORT": str(self.port),
+            "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
+            "METRICS_PORT": "0",
+            **self.environ,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "muset.cli", "serve"],
+            env=env,
+            cwd=ROOT,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        while time.monotonic() - began < 30:
+            assert self.process.poll() is None, self.output()
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{self.url}/health/ready", timeout=5).ok:
+                    break
+            time.sleep(0.02)
+        else:
+            pytest.fail(f"not ready in 30 s: {self.output()}")
+        found = re.search(r"^Admin key: (msk_\S+)$", self.output(), re.MULTILINE)
+        self.key = found[1] if found else self.key
+        return time.monotonic() - began
+
+    def start_again(self):
+        """As a supervisor does, until those that were there before have let go of the port."""
+        for _ in range(20):
+            with contextlib.suppress(AssertionError):
+                return self.start()
+            time.sleep(0.2)
+        pytest.fail(f"it does not start again: {self.output()}")
+
+    def output(self):
+        return (self.data_dir / "output.txt").read_text(errors="replace")
+
+    @property
+    def headers(self):
+        return {"Authorization": f"Bearer {self.key}"}
+
+    def workers(self):
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    @contextlib.contextmanager
+    def frozen(self):
+        """The worker processes stop within the block, as in a long pause of the machine."""
+        workers = self.workers()
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in workers:
+                os.kill(pid, signal.SIGCONT)
+
+    def kill_group(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+        self._output.close()
+
+    def stop(self, sig=signal.SIGTERM, *, group=False):
+        if group:
+            os.killpg(self.process.pid, sig)
+        else:
+            self.process.send_signal(sig)
+        return self.wait()
+
+    def wait(self):
+        """Wait for its end; gives the exit code."""
+        code = self.process.wait(40)
+        self._output.close()
+        return code
+
+
+class Stack:
+    """Two services of some workers each behind nginx, over one Redis and one PostgreSQL.
+
+    Args:
+        folder: An empty one.
+        cut: Whether the first service reaches Redis and PostgreSQL by `ways`, which can be held.
+        **environ: Further variables of both services.
+    """
+
+    KEY = "msk_" + "k" * 43
+
+    def __init__(self, folder, *, cut=False, **environ):
+        self.redis = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
+        self.postgres = PostgresServer(durable=True)
+        self._environ = {"WEB_CONCURRENCY": "2", "MUSET_ADMIN_KEY": self.KEY, **environ}
+        self._folder = folder
+        self.services = []
+        self.ways = [SlowWay(each.port) for each in (self.redis, self.postgres)] if cut else []
+        self.nginx = None
+
+    def start(self):
+        self.redis.start()
+        self.postgres.start()
+        shared = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
+        servers = [self.redis, self.postgres]
+        for name in ("one", "two"):
+            folder = self._folder / name
+            folder.mkdir()
+            mine = dict(shared)
+            for variable, way, server in zip(shared, self.ways, servers, strict=False):
+                if name == "one":
+                    mine[variable] = mine[variable].replace(f":{server.port}/", f":{way.port}/")
+            self.services.append(Service(folder, **mine, **self._environ))
+            self.services[-1].start()
+        folder = self._folder / "nginx"
+        folder.mkdir()
+        self.nginx = Nginx(folder, [service.port for service in self.services]).start()
+        return self
+
+    @property
+    def url(self):
+        return f"{self.nginx.url}/api/v1"
+
+    @property
+    def headers(self):
+        return self.services[0].headers
+
+    def stop(self):
+        if self.nginx is not None:
+            self.nginx.stop()
+        for service in self.services:
+            if service.process is not None and service.process.poll() is None:
+                service.kill_group()
+        for way in self.ways:
+            way.close()
+        self.redis.kill()
+        self.postgres.remove()
