@@ -19,7 +19,7 @@ from pathlib import Path
 
 from muset.testing.upstream import Upstream
 
-__all__ = ["MissingError", "Stack", "free_port", "running"]
+__all__ = ["ROOT", "MissingError", "Stack", "blank_server", "free_port", "running"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _SHIPPED = ROOT / "deploy" / "nginx"
@@ -214,3 +214,26 @@ def running(folder: Path, **settings: str) -> Iterator[Stack]:
         output = folder / "nginx.txt"
         parts.enter_context(_ending(process, lambda: _listens(stack.port), output))
         yield stack
+
+
+_BLANK = """pid nginx.pid; error_log stderr warn; worker_processes 1;
+events {{ worker_connections 1024; }}
+http {{
+    client_body_temp_path body; proxy_temp_path proxy; fastcgi_temp_path fastcgi;
+    uwsgi_temp_path uwsgi; scgi_temp_path scgi; access_log off; keepalive_requests 1000000;
+    server {{ listen 127.0.0.1:{port}; location / {{ return 200 "{{}}"; }} }}
+}}
+"""
+
+
+@contextlib.contextmanager
+def blank_server(folder: Path) -> Iterator[int]:
+    """A server that answers at once, to see what a generator can do; gives its port."""
+    port, place = free_port(), folder / "blank"
+    place.mkdir()
+    (place / "nginx.conf").write_text(_BLANK.format(port=port))
+    command = [_find("nginx"), "-p", f"{place}/", "-c", str(place / "nginx.conf")]
+    output = folder / "blank.txt"
+    process = _start([*command, "-g", "daemon off;"], output, dict(os.environ))
+    with _ending(process, lambda: _listens(port), output):
+        yield port
