@@ -415,7 +415,8 @@ def report(environment: Environment, **_: Any) -> None:
 def summary(run: Run) -> Mapping[str, Any]:
     """For whoever has started this, such as `make load`."""
     return {
-        "tally": asdict(run.tally),
+        "api": run.tally.api,
+        "times": run.tally.times,
         "rows": [asdict(row) for row in run.rows],
         "users": run.users,
         "before": run.seeded,

@@ -137,6 +137,7 @@ class _Run:
         for _ in range(plan.connections):
             self._connect()
         self._next = self._over = self._unmarked = self._waited = 0
+        self._starved = 0.0
         self._statuses: Counter[str] = Counter()
         self._times: list[float] = []
         self._lags: list[float] = []
@@ -155,9 +156,13 @@ class _Run:
             if due > now:
                 return due - now
             if not self._idle:
+                self._starved = now
                 return 1.0
             self._idle.popleft().send(self._order[self._next], due)
-            self._lags.append(now - due)
+            if due <= self._starved:
+                self._waited += 1
+            else:
+                self._lags.append(now - due)
             self._next += 1
         return 1.0
 

@@ -200,7 +200,7 @@ def _ms(seconds: float) -> str:
 
 def counted(found: Found, text: str) -> Row:
     """Whether the service has counted the requests of all parts, and no others."""
-    sent = found.report["tally"]["api"] + sum(found.result.statuses.values())
+    sent = found.report["api"] + sum(found.result.statuses.values())
     seen = next(one.samples for one in judge(text) if one.objective.key == "api")
     return Row("API requests, as `muset objectives`", "equal", f"{sent} and {seen}",
                _verdict(sent == seen))  # fmt: skip
@@ -208,8 +208,7 @@ def counted(found: Found, text: str) -> Row:
 
 def compared(report: Mapping[str, Any]) -> Row:
     """The same requests, by the users' clocks and by the service's."""
-    tally = report["tally"]["times"]
-    times = [*tally["api"], *tally["probe"]]
+    times = [*report["times"]["api"], *report["times"]["probe"]]
     inside = service_times("api", Scrapes(report["before"], report["after"]))
     p95 = percentile(times, 0.95)
     mean = sum(times) / len(times) if times else 0.0
@@ -235,17 +234,12 @@ def judge_all(stack: Stack, found: Found, rate: float) -> bool:
     print("\nSince the start of the service, by `muset objectives`:", flush=True)
     code = objectives(stack)
     print(show("\nUnder offered load", rows))
-    print(show("\nOf Locust's run", [_row(row) for row in found.report["rows"]]))
     seven = {one.objective.key: one.verdict for one in judge(text)}
     seven["throughput"], seven["concurrency"] = rows[0].verdict, rows[1].verdict
     held = sum(verdict is Verdict.HOLDS for verdict in seven.values())
     print(f"\n{held} of {len(seven)} objectives hold; Locust's exit code is {found.locust}.")
     is_bad = any(row.is_bad for row in rows)
     return held == len(seven) and code == found.locust == 0 and not is_bad
-
-
-def _row(values: Mapping[str, Any]) -> Row:
-    return Row(**{**values, "verdict": Verdict(values["verdict"])})
 
 
 # --- started --------------------------------------------------------------------------------------
