@@ -43,7 +43,7 @@ SHAPE = os.environ.get("LOAD_SHAPE") or ""
 #: What is read, and how unevenly: the second of them half as often as the first, and so on.
 USERS, DOCUMENTS, SEARCHES, QUESTIONS, ZIPF = 200, 50, 100, 50, 1.1
 #: Requests a second that come whatever has become of those before.
-PROBE_RATE = 20
+PROBE_RATE = float(os.environ.get("LOAD_PROBE_RATE") or 20)
 #: Seconds that users have to end what they have begun, so that both sides count the same.
 STOP_S = 45
 
@@ -113,7 +113,7 @@ def _count_error(tally: Tally, response: Any, name: str) -> None:
     except (ValueError, KeyError, TypeError, *FAILURE_EXCEPTIONS):
         error = "none of the service's" if status else "no answer"
     # A worker that has too much to do looks at no question.
-    if name == ASK_ROUTE and status in (502, 503, 504) and error != "OverloadedError":
+    if name == ASK_ROUTE and status in (500, 502, 503, 504) and error != "OverloadedError":
         tally.questions += 1
     if status in (429, 503) and headers.get("Retry-After"):
         tally.refused += 1

@@ -100,7 +100,7 @@ class _Connection:
 
     def send(self, request: bytes, due: float) -> None:
         """Send a request; it fits into the buffer of the socket, which is empty."""
-        self.due, self._data = due, b""
+        self.due = due
         if self.sock.send(request) != len(request):
             raise ValueError("a request is larger than the buffer of a socket; make it smaller.")
 
@@ -108,7 +108,10 @@ class _Connection:
         """The whole answer once it is there; empty if the connection has ended."""
         piece = self.sock.recv(262_144)
         self._data += piece
-        return self._data if not piece or _is_whole(self._data) else None
+        if piece and not _is_whole(self._data):
+            return None
+        data, self._data = self._data, b""
+        return data
 
 
 def _is_whole(data: bytes) -> bool:
@@ -158,7 +161,13 @@ class _Run:
             if not self._idle:
                 self._starved = now
                 return 1.0
-            self._idle.popleft().send(self._order[self._next], due)
+            connection = self._idle.popleft()
+            try:
+                connection.send(self._order[self._next], due)
+            except ConnectionError:
+                # The server has closed it since the last answer.
+                self._replace(connection)
+                continue
             if due <= self._starved:
                 self._waited += 1
             else:
@@ -187,9 +196,12 @@ class _Run:
             self._idle.append(connection)
             return
         # The server has closed it, in the middle of an answer or between two.
+        self._idle = deque(one for one in self._idle if one is not connection)
+        self._replace(connection)
+
+    def _replace(self, connection: _Connection) -> None:
         del self._all[connection.sock.fileno()]
         connection.sock.close()
-        self._idle = deque(one for one in self._idle if one is not connection)
         self._connect()
 
     def run(self) -> Result:
@@ -202,6 +214,9 @@ class _Run:
             for fd, _ in self._poll.poll(wait_s):
                 self._read(self._all[fd])
         ended = time.monotonic()
+        for connection in self._all.values():
+            connection.sock.close()
+        self._poll.close()
         if self._over < plan.count:
             self._statuses["lost"] += plan.count - self._over
         return Result(
