@@ -324,30 +324,48 @@ def probe(environment: Environment, run: Run) -> None:
 
 @events.init.add_listener
 def check(environment: Environment, runner: Any, **_: Any) -> None:
-    """Refuse what cannot work before anything is sent."""
+    """Refuse what cannot work before anything is sent; without the page, seed."""
     if not KEY:
         sys.exit("MUSET_KEY must be a key of an admin, as `muset keys create` makes them.")
     if not isinstance(runner, LocalRunner):
         sys.exit("Run Locust as one process: the counts of several cannot be compared.")
     environment.stop_timeout = environment.stop_timeout or STOP_S
+    if environment.parsed_options is not None and environment.parsed_options.headless:
+        # Now, so that --run-time is all for the users.
+        try:
+            Current.run = prepare(environment)
+        except ApiError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+
+
+def prepare(environment: Environment) -> Run:
+    """Seed, and remember what was counted before.
+
+    Raises:
+        ApiError: The service cannot be used so.
+    """
+    run = Run()
+    api = Api(environment.host or HOST, KEY, run.tally)
+    run.before = api.scrape()
+    run.ledger = api.usage()
+    seed(api, run)
+    run.seeded = api.scrape()
+    return run
 
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    """Seed, and remember what was counted before."""
-    run = Current.run = Run()
-    api = Api(environment.host or HOST, KEY, run.tally)
-    try:
-        run.before = api.scrape()
-        run.ledger = api.usage()
-        seed(api, run)
-        run.seeded = api.scrape()
-    except ApiError as error:
-        _log.error("%s", error)
-        environment.process_exit_code = 2
-        environment.runner.quit()
-        return
-    run.probe = gevent.spawn(probe, environment, run)
+    """Start the constant rate; a run that the page has started is seeded first."""
+    if Current.run.probe is not None or not Current.run.seeded:
+        try:
+            Current.run = prepare(environment)
+        except ApiError as error:
+            _log.error("%s", error)
+            environment.process_exit_code = 2
+            environment.runner.quit()
+            return
+    Current.run.probe = gevent.spawn(probe, environment, Current.run)
 
 
 @events.test_stop.add_listener

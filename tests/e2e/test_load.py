@@ -216,7 +216,7 @@ def test_the_exit_code_tells(tmp_path):
         "forgetful": ScriptedService(forgets=True),
         "wrong": ScriptedService(miscounts=True),
     }
-    words = ["--users", "10", "--spawn-rate", "10", "--run-time", "8s"]
+    words = ["--users", "10", "--spawn-rate", "10", "--run-time", "5s"]
     files = ("csv", "html", "json-file")
     try:
         runs = {}
@@ -254,7 +254,7 @@ def test_a_small_run(make_stack, tmp_path):
     """Through nginx and two workers: no errors, and both sides have counted the same."""
     stack = make_stack()
     report = tmp_path / "report"
-    words = ["--users", "20", "--spawn-rate", "20", "--run-time", "6s"]
+    words = ["--users", "20", "--spawn-rate", "20", "--run-time", "5s"]
     process = locust(*words, LOAD_REPORT=str(report), **stack.environ())
     text, _ = process.communicate(timeout=120)
     rows = {row["title"]: row for row in json.loads(report.read_text())["rows"]}
