@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["Plan", "Result", "percentile", "run"]
 
 #: Seconds after the last request was due that answers are waited for.
-_PATIENCE_S = 30.0
+_PATIENCE_S = 10.0
 _LEAD_S = 0.05
 
 
@@ -58,7 +58,8 @@ class Result:
     """What has come of it; times are in seconds.
 
     Attributes:
-        statuses: Answers by status; `lost` for those that never came or were not whole.
+        statuses: Answers by status; `lost` for those that never came or were not whole, `unsent`
+            for requests that no connection was free for to the end.
         unmarked: Answers with 200 that lack the marker.
         rate: Answers a second, from the first request's time to the last answer.
         p50: Of the times from when a request was due to the end of its answer.
@@ -217,10 +218,10 @@ class _Run:
         for connection in self._all.values():
             connection.sock.close()
         self._poll.close()
-        if self._over < plan.count:
-            self._statuses["lost"] += plan.count - self._over
+        self._statuses["lost"] += self._next - self._over
+        self._statuses["unsent"] += plan.count - self._next
         return Result(
-            statuses=dict(self._statuses),
+            statuses=dict(+self._statuses),
             unmarked=self._unmarked,
             rate=self._over / (ended - began),
             p50=percentile(self._times, 0.5),
