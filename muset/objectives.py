@@ -10,7 +10,16 @@ from enum import StrEnum
 
 from prometheus_client.parser import text_string_to_metric_families
 
-__all__ = ["OBJECTIVES", "Finding", "Kind", "Objective", "Verdict", "judge"]
+__all__ = [
+    "OBJECTIVES",
+    "Finding",
+    "Kind",
+    "Objective",
+    "Verdict",
+    "judge",
+    "read_series",
+    "series_of",
+]
 
 #: A share of fewer operations says little: one slow one in 20 is 5 %.
 MIN_SAMPLES = 100
@@ -142,20 +151,17 @@ class Finding:
 Series = tuple[str, dict[str, str], float]
 
 
-def judge(exposition: str) -> Sequence[Finding]:
-    """Judge all objectives by one scrape, which counts from the start of the service.
+def judge(exposition: str, since: str = "") -> Sequence[Finding]:
+    """Judge all objectives by a scrape, which counts from the start of the service.
 
     Args:
         exposition: In Prometheus' text format.
+        since: An earlier one, to judge only by what has happened since then.
 
     Raises:
         ValueError: It cannot be read.
     """
-    series = [
-        (sample.name, sample.labels, sample.value)
-        for family in text_string_to_metric_families(exposition)
-        for sample in family.samples
-    ]
+    series = read_series(exposition, since)
     judges = {
         Kind.LATENCY: _judge_latency,
         Kind.HIT_RATE: _judge_hit_rate,
@@ -164,11 +170,35 @@ def judge(exposition: str) -> Sequence[Finding]:
     return [judges[objective.kind](objective, series) for objective in OBJECTIVES]
 
 
+def read_series(exposition: str, since: str = "") -> list[Series]:
+    """The series of a scrape, without what an earlier one had counted already.
+
+    Gauges mean nothing in such a difference; no objective is judged by one.
+
+    Raises:
+        ValueError: One of them cannot be read.
+    """
+    before = {(name, *sorted(labels.items())): value for name, labels, value in _samples(since)}
+    return [
+        (name, labels, value - before.get((name, *sorted(labels.items())), 0.0))
+        for name, labels, value in _samples(exposition)
+    ]
+
+
+def _samples(exposition: str) -> list[Series]:
+    return [
+        (sample.name, sample.labels, sample.value)
+        for family in text_string_to_metric_families(exposition)
+        for sample in family.samples
+    ]
+
+
 def _matches(value: str, pattern: str) -> bool:
     return value.startswith(pattern[:-1]) if pattern.endswith("*") else value == pattern
 
 
-def _of(objective: Objective, series: Iterable[Series], suffix: str) -> list[Series]:
+def series_of(objective: Objective, series: Iterable[Series], suffix: str) -> list[Series]:
+    """Those of the objective's metric with this ending, and the labels that count."""
     return [
         (name, labels, value)
         for name, labels, value in series
@@ -185,16 +215,16 @@ def _verdict(samples: float, held: bool) -> Verdict:
 
 
 def _judge_latency(objective: Objective, series: Sequence[Series]) -> Finding:
-    buckets = _of(objective, series, "_bucket")
+    buckets = series_of(objective, series, "_bucket")
     within = sum(v for _, labels, v in buckets if float(labels["le"]) == objective.limit)
-    count = sum(v for _, _, v in _of(objective, series, "_count"))
+    count = sum(v for _, _, v in series_of(objective, series, "_count"))
     share = within / count if count else 0.0
     figure = f"{share:.1%} under {objective.limit:g} s" if count else "-"
     return Finding(objective, figure, int(count), _verdict(count, share >= objective.share))
 
 
 def _judge_hit_rate(objective: Objective, series: Sequence[Series]) -> Finding:
-    found = _of(objective, series, "")
+    found = series_of(objective, series, "")
     hits = sum(v for _, labels, v in found if labels["status"] in ("hit", "stale"))
     reads = hits + sum(v for _, labels, v in found if labels["status"] == "miss")
     rate = hits / reads if reads else 0.0

@@ -122,7 +122,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         if gate is None:
             self._line.wait()
             try:
-                return super().handle_request(listener_name, req, sock, addr)
+                return self._serve(listener_name, req, sock, addr)
             finally:
                 sock.settimeout(None)  # the wait for the next request has its own
         verdict = gate.arrive(req.path)
@@ -130,7 +130,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         try:
             if verdict is load.Verdict.ADMITTED:
                 self._line.wait()
-            return super().handle_request(listener_name, req, sock, addr)
+            return self._serve(listener_name, req, sock, addr)
         finally:
             sock.settimeout(None)
             load.arrived.set(None)
@@ -158,6 +158,15 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
             client.settimeout(_LINGER_S)
             client.sendall(head.encode() + body)
             _linger(client)
+
+    def _serve(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        joined = _Joined(sock)
+        try:
+            return super().handle_request(listener_name, req, joined, addr)
+        finally:
+            # A closed connection has been dealt with by gunicorn.
+            with contextlib.suppress(OSError):
+                joined.flush()
 
     def _part(self, key: str) -> Any:
         """What an extension has left for servers in the app, None without."""
@@ -311,6 +320,39 @@ class _Server(StreamServer):  # type: ignore[misc]
         while not self.full() and (accepted := self.do_read()):
             self.do_handle(*accepted)
         self.close()
+
+
+class _Joined:
+    """A socket for one answer, whose head goes out together with the first of its body.
+
+    gunicorn sends them one after the other, which wakes whoever reads them twice. It sends the head
+    when it has something to send behind it, or at the end, so nothing waits here.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._head: bytes | None = None
+        self._is_begun = False
+
+    def sendall(self, data: bytes) -> None:
+        """Send, but for the head."""
+        if not self._is_begun:
+            self._is_begun, self._head = True, data
+            return
+        if self._head is not None:
+            data, self._head = self._head + data, None
+        self._sock.sendall(data)
+
+    def flush(self) -> None:
+        """Send the head of an answer that has no body."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._sock.sendall(head)
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the socket's own, such as sending a file."""
+        self.flush()
+        return getattr(self._sock, name)
 
 
 class _Line:

@@ -58,6 +58,13 @@ class Database(Protocol):
         """Run `work` in a transaction of its own, kept whole or not at all."""
         ...
 
+    def version(self) -> object | None:
+        """A value that is another one after each commit, whoever made it; asked at no cost.
+
+        None where there is none, so that nothing may be kept.
+        """
+        ...
+
     def check(self, timeout_s: float) -> None:
         """Return if the database answers in time, else raise.
 

@@ -12,6 +12,8 @@ from muset.ports import KeyRecord, Role
 
 __all__ = ["SqlKeyStore"]
 
+#: Prefixes whose keys are kept.
+_MOST_KEPT = 1024
 #: Keys of users who are there.
 _KEYS = select(
     Key.id,
@@ -73,6 +75,8 @@ class SqlKeyStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        #: What was found, each with the version of the database that it was found in.
+        self._kept: dict[str, tuple[object, Sequence[KeyRecord]]] = {}
 
     def create(
         self,
@@ -112,7 +116,20 @@ class SqlKeyStore:
         return self._database.write(work)
 
     def find(self, prefix: str) -> Sequence[KeyRecord]:
-        """All keys with this prefix, revoked and expired ones too."""
+        """All keys with this prefix, revoked and expired ones too, as they are now."""
+        # Before it is read: what is committed meanwhile is another version.
+        version = self._database.version()
+        kept = self._kept.get(prefix)
+        if kept is not None and version is not None and kept[0] == version:
+            return kept[1]
+        found = self._read(prefix)
+        if version is not None and found:
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[prefix] = (version, found)
+        return found
+
+    def _read(self, prefix: str) -> Sequence[KeyRecord]:
         # Past the policy: an operator who has forced the database's breaker open must be able to
         # undo it, and that needs a key.
         return self._database.read(

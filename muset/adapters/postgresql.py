@@ -145,6 +145,9 @@ class Database:
                 raise
             return _begin(engine, begin)
 
+    def version(self) -> None:
+        """Nothing: to ask a server costs as much as to read."""
+
     def check(self, timeout_s: float) -> None:
         """Return if the database answers in time.
 

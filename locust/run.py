@@ -1,0 +1,287 @@
+"""The whole load run, as `make load` starts it: 100 users, a constant rate, many at once.
+
+    python locust/run.py
+
+It starts its own stack on free ports (`stack.py`), takes less than three minutes, prints the seven
+objectives, and ends with 0 only if all of them hold and both sides have counted the same. 1 means
+that something does not hold, 2 that a program is missing or a part did not start.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+from muset.objectives import OBJECTIVES, Kind, Verdict, judge, read_series
+from open_loop import Plan, Result, percentile
+from stack import ROOT, Fault, MissingError, Stack, blank_server, running
+from verdict import Row, Scrapes, service_times, show
+
+HERE = Path(__file__).parent
+#: The guide's numbers, and what is offered to show the second of them.
+AT_ONCE, PER_SECOND = (int(o.limit) for o in OBJECTIVES if o.kind is Kind.OFFERED_LOAD)
+RATE, CONNECTIONS, STREAMS = 1.1 * PER_SECOND, 128, 128
+#: What the generator may take of one core, and how many times the rate it must be able to send.
+MAX_CPU, SPARE = 0.25, 3
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What the three parts have shown.
+
+    Attributes:
+        locust: The exit code of Locust.
+        report: What it has counted.
+        result: Of the constant rate.
+        spare: Of the generator alone.
+        streams: Answers of the requests at once.
+        most: Requests at once, as the service has counted them.
+    """
+
+    locust: int
+    report: Mapping[str, Any]
+    result: Result
+    spare: Result
+    streams: Result
+    most: int
+
+
+def generate(plan: Plan) -> Result:
+    """Carry a plan out in a process of its own."""
+    done = subprocess.run(  # noqa: S603 - our own file
+        [sys.executable, str(HERE / "open_loop.py")],
+        input=json.dumps(asdict(plan)),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return Result(**json.loads(done.stdout))
+
+
+def run_locust(stack: Stack, users: int, seconds: float) -> tuple[int, Mapping[str, Any]]:
+    """The closed loop; gives the exit code and the counts."""
+    report = stack.folder / "report.json"
+    command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless"]
+    command += ["--users", str(users), "--spawn-rate", str(max(10, users // 10))]
+    command += ["--run-time", f"{seconds:.0f}s", "--only-summary"]
+    env = os.environ | stack.environ() | {"LOAD_REPORT": str(report)}
+    env.pop("LOAD_SHAPE", None)
+    done = subprocess.run(command, env=env, cwd=ROOT, check=False)  # noqa: S603 - Locust
+    if not report.exists():
+        raise RuntimeError(f"Locust ended with {done.returncode} before it could report.")
+    return done.returncode, json.loads(report.read_text(encoding="utf-8"))
+
+
+def _reads(stack: Stack, users: Sequence[int], rate: float, seconds: float) -> Plan:
+    """Cached reads of users, the first ones most often."""
+    head = f"HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {stack.key}\r\n\r\n"
+    return Plan(
+        host="127.0.0.1",
+        port=stack.port,
+        requests=[f"GET /api/v1/users/{user} {head}" for user in users],
+        weights=[1 / (rank + 1) ** 1.1 for rank in range(len(users))],
+        rate=rate,
+        count=int(rate * seconds),
+        connections=CONNECTIONS,
+        marker='"email"',
+    )
+
+
+def _streams(stack: Stack) -> Plan:
+    """As many streams as connections, all at once."""
+    requests = []
+    for number in range(STREAMS):
+        body = json.dumps({"question": f"How many eggs does the queen of hive 3 lay? ({number}.s)"})
+        requests.append(
+            f"POST /api/v1/ask HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {stack.key}\r\n"
+            f"Accept: text/event-stream\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n{body}"
+        )
+    return Plan(
+        host="127.0.0.1", port=stack.port, requests=requests, weights=[1.0] * STREAMS,
+        rate=10_000, count=STREAMS, connections=STREAMS, marker="event: done",
+    )  # fmt: skip
+
+
+def scrape(stack: Stack) -> str:
+    """The service's metrics, past nginx."""
+    connection = HTTPConnection(stack.service_url.removeprefix("http://"), timeout=10)
+    try:
+        connection.request("GET", "/metrics")
+        return connection.getresponse().read().decode()
+    finally:
+        connection.close()
+
+
+def _active(text: str) -> int:
+    """Requests that are being served, without the scrape itself."""
+    gauge = "muset_http_requests_active"
+    return int(sum(value for name, _, value in read_series(text) if name == gauge)) - 1
+
+
+def at_once(stack: Stack) -> tuple[Result, int]:
+    """Open all streams, and watch how many are served at the same time."""
+    found: list[Result] = []
+    # So that the last has begun before the first is at its end.
+    stack.upstream.script([Fault("slow_first_token", times=0, delay=2)])
+    thread = threading.Thread(target=lambda: found.append(generate(_streams(stack))))
+    thread.start()
+    most = 0
+    while thread.is_alive():
+        most = max(most, _active(scrape(stack)))
+        time.sleep(0.1)
+    thread.join()
+    if not found:
+        raise RuntimeError("the streams could not be opened.")
+    return found[0], most
+
+
+def carry_out(stack: Stack, given: argparse.Namespace) -> Found:
+    """All parts, one after the other."""
+    code, report = run_locust(stack, given.users, given.locust_seconds)
+    with blank_server(stack.folder) as port:
+        plan = _reads(stack, report["users"], SPARE * given.rate, 3)
+        blank = Plan(**{**asdict(plan), "port": port, "marker": ""})
+        spare = generate(blank)
+    result = generate(_reads(stack, report["users"], given.rate, given.seconds))
+    streams, most = at_once(stack)
+    return Found(code, report, result, spare, streams, most)
+
+
+# --- judged ---------------------------------------------------------------------------------------
+
+
+def _verdict(holds: bool) -> Verdict:
+    return Verdict.HOLDS if holds else Verdict.MISSED
+
+
+def offered(found: Found, rate: float) -> list[Row]:
+    """The objectives that need an offered load, and whether the generator was up to it."""
+    result, spare = found.result, found.spare
+    good = result.statuses.get("200", 0) - result.unmarked
+    sent, limit_s = sum(result.statuses.values()), 0.1
+    is_all = good == sent and result.rate > 0.98 * rate
+    figure = (
+        f"{result.rate:.0f}/s, {good} of {sent} answered, p50 {_ms(result.p50)}, "
+        f"p95 {_ms(result.p95)}, p99 {_ms(result.p99)}, longest {_ms(result.longest)}"
+    )
+    whole = found.streams.statuses.get("200", 0) - found.streams.unmarked
+    fit = f"{result.cpu:.0%} of a core, {_ms(result.lag_p95)} late (p95)"
+    fit += f"; alone {spare.rate:.0f}/s with {spare.cpu:.0%}, p95 {_ms(spare.p95)}"
+    is_fit = result.cpu < MAX_CPU and spare.rate > 0.98 * SPARE * rate
+    return [
+        Row(
+            "Throughput",
+            f"{rate:.0f}/s, p95 < 100 ms",
+            figure,
+            _verdict(is_all and result.p95 < limit_s),
+        ),
+        Row(
+            "Concurrent requests",
+            f"{AT_ONCE} at once",
+            f"{found.most} at once, {whole} of {STREAMS} streams whole",
+            _verdict(found.most >= AT_ONCE and whole == STREAMS),
+        ),
+        Row("The generator", f"below {MAX_CPU:.0%}", fit, _verdict(is_fit)),
+    ]
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"
+
+
+def counted(found: Found, text: str) -> Row:
+    """Whether the service has counted the requests of all parts, and no others."""
+    statuses = found.result.statuses
+    sent = found.report["api"] + sum(statuses.values()) - statuses.get("unsent", 0)
+    seen = next(one.samples for one in judge(text) if one.objective.key == "api")
+    return Row("API requests, as `muset objectives`", "equal", f"{sent} and {seen}",
+               _verdict(sent == seen))  # fmt: skip
+
+
+def compared(report: Mapping[str, Any]) -> Row:
+    """The same requests, by the users' clocks and by the service's."""
+    times = [*report["times"]["api"], *report["times"]["probe"]]
+    inside = service_times("api", Scrapes(report["before"], report["after"]))
+    p95 = percentile(times, 0.95)
+    mean = sum(times) / len(times) if times else 0.0
+    figure = (
+        f"p95 {_ms(p95)} and {_ms(inside.p95_above)} to {_ms(inside.p95_below)}; mean {_ms(mean)} "
+        f"and {_ms(inside.mean)}: nginx, waiting and Locust are {_ms(mean - inside.mean)}"
+    )
+    return Row("API times, users and service", "the service's lower", figure,
+               _verdict(bool(times) and inside.p95_above <= p95))  # fmt: skip
+
+
+def objectives(stack: Stack) -> int:
+    """What `muset objectives` says; its exit code."""
+    command = [sys.executable, "-m", "muset.cli", "objectives", "--url"]
+    command.append(f"{stack.service_url}/metrics")
+    return subprocess.run(command, check=False, cwd=ROOT).returncode  # noqa: S603 - our own
+
+
+def judge_all(stack: Stack, found: Found, rate: float) -> bool:
+    """Print everything; whether all of it holds."""
+    text = scrape(stack)
+    rows = [*offered(found, rate), counted(found, text), compared(found.report)]
+    print("\nSince the start of the service, by `muset objectives`:", flush=True)
+    code = objectives(stack)
+    print(show("\nUnder offered load", rows))
+    seven = {one.objective.key: one.verdict for one in judge(text)}
+    seven["throughput"], seven["concurrency"] = rows[0].verdict, rows[1].verdict
+    held = sum(verdict is Verdict.HOLDS for verdict in seven.values())
+    print(f"\n{held} of {len(seven)} objectives hold; Locust's exit code is {found.locust}.")
+    is_bad = any(row.is_bad for row in rows)
+    return held == len(seven) and code == found.locust == 0 and not is_bad
+
+
+# --- started --------------------------------------------------------------------------------------
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="The whole load run, on a stack of its own.")
+    add = parser.add_argument
+    add("--users", type=int, default=100, help="of the closed loop (100)")
+    add("--locust-seconds", type=float, default=60, help="of the closed loop (60)")
+    add("--rate", type=float, default=RATE, help=f"reads a second ({RATE:.0f})")
+    add("--seconds", type=float, default=60, help="of the constant rate (60)")
+    return parser.parse_args()
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> int:
+    """Start the stack, carry all out, and say what holds."""
+    given = _parse()
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        with (
+            tempfile.TemporaryDirectory(prefix="muset-load-") as folder,
+            running(Path(folder)) as s,
+        ):
+            print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
+            for name, value in s.settings.items():
+                print(f"  {name}={value}", flush=True)
+            return 0 if judge_all(s, carry_out(s, given), given.rate) else 1
+    except (MissingError, RuntimeError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Stopped.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
