@@ -25,6 +25,37 @@ def error_handler():
     return app
 
 
+def muset_four(*, off=(), **settings):
+    """Ours, all four: errors, deadline, concurrency and rate limit, a cached view, metrics.
+
+    Args:
+        off: What is set up and switched off, by the prefix of its configuration.
+        **settings: More configuration.
+    """
+    from flask_muset import CacheStrategies, ErrorHandler, Metrics, Resilience
+
+    cache = CacheStrategies()
+
+    def before(app):
+        app.config.update(RESILIENCE_RATE_LIMIT_REQUESTS_PER_MINUTE=60_000, **settings)
+        app.config.update({f"{prefix}_ENABLED": False for prefix in off})
+        ErrorHandler(app)
+        Resilience(app)
+        cache.init_app(app)
+        Metrics(app)
+
+    return _flask(before=before, view_wrap=lambda _app: cache.cached("ping", expire=600))
+
+
+def muset_four_redis():
+    """The same with Redis behind it: the view is answered by the memory, hits of the limit are lent."""
+    return muset_four(
+        CACHE_STRATEGIES_REDIS_URL=_redis_url(),
+        RESILIENCE_REDIS_URL=_redis_url(),
+        ERROR_HANDLER_REDIS_URL=_redis_url(),
+    )
+
+
 def _redis_url():
     return f"redis://127.0.0.1:{os.environ.get('REDIS_PORT', '6379')}/0"
 

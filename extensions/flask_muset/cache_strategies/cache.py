@@ -18,7 +18,7 @@ from flask_muset.cache_strategies.writers import WriteContext, Writer, takes_con
 from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
 from flask_muset.errors import NotFoundError
-from flask_muset.signals import cache_operated
+from flask_muset.signals import Count, cache_operated
 
 __all__ = ["Cache", "check_tags"]
 
@@ -60,7 +60,7 @@ _MISSED = Answer(None, Outcome.MISS, 0.0)
 
 _MOMENT_S = 0.001
 
-#: Who is told of operations; without anybody they are not timed.
+#: Who is told of operations beside those who count them; without anybody they are not timed.
 _listeners = cache_operated.receivers
 
 
@@ -72,7 +72,8 @@ class Cache:
         codec: How values become bytes.
         in_background: Runs a refresh beside the request.
         default_expire_s: Of what is kept without a time of its own; None for no end.
-        tell: Counts an operation: name, status, seconds.
+        tell: Tells of an operation: name, status, seconds.
+        counters: Who counts what is told.
         note: Is given how each load was answered.
         is_off: Whether every load goes to its source.
         write_behind: Accepts writes, and knows what waits.
@@ -86,6 +87,7 @@ class Cache:
         in_background: Callable[[Callable[[], None]], None],
         default_expire_s: float | None,
         tell: Tell,
+        counters: Sequence[Count] = (),
         note: Callable[[Answer], None],
         is_off: bool = False,
         write_behind: WriteBehind,
@@ -95,6 +97,7 @@ class Cache:
         self.codec = codec
         self.default_expire_s = default_expire_s
         self._tell = tell
+        self._counters = counters
         memory = getattr(store, "memory", None)
         #: What is known without waiting.
         self._peek: Callable[[str], Entry | None] = _nothing if memory is None else memory.get
@@ -117,7 +120,7 @@ class Cache:
             if entry is None or began >= entry.fresh_until or isinstance(entry, Gone):
                 entry = None
         value, status = (ABSENT, "miss") if entry is None else self._value(entry)
-        if _listeners:
+        if _listeners or self._counters:
             self._tell("get", status, SYSTEM.now() - began)
         return default if value is ABSENT else value
 

@@ -4,13 +4,13 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flask_caching
-from flask import Flask, Response, has_request_context, request
+from flask import Flask, Response, after_this_request, has_request_context, request
 
 from flask_muset import context
 from flask_muset.cache_strategies.attempts import Attempts
@@ -34,10 +34,15 @@ from flask_muset.locks import run_beside
 from flask_muset.redis import GuardedRedis
 from flask_muset.signals import (
     CacheEvent,
+    Count,
     WriteBehindEvent,
+    cache_counters,
     cache_operated,
     write_behind_measured,
 )
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
 
 __all__ = ["CacheStrategies"]
 
@@ -48,6 +53,8 @@ _log = logging.getLogger(__name__)
 _NOTED = "flask_muset.cache"
 #: The outcome that a response names, of several: the one that tells most.
 _ORDER = [Outcome.HIT, Outcome.STALE, Outcome.BYPASS, Outcome.MISS]
+#: Those whose value was kept, and so has an age.
+_KEPT = (Outcome.HIT, Outcome.STALE)
 
 
 @dataclass(slots=True)
@@ -134,7 +141,8 @@ class CacheStrategies(CacheManager):
         codec = Codec(response_class=app.response_class)
         for cls in self._registered:
             codec.register(cls)
-        tell = partial(_tell, app)
+        counters = cache_counters(app.extensions)
+        tell = partial(_tell, app, counters)
         redis = None
         if self._given_cache is None:
             redis = redis_client(self._given_redis, config, PREFIX, "cache")
@@ -147,7 +155,8 @@ class CacheStrategies(CacheManager):
             in_background=partial(_in_background, app),
             default_expire_s=config.default_expire_s,
             tell=tell,
-            note=_note if config.response_headers else _note_nothing,
+            counters=counters,
+            note=_note_of(config),
             is_off=not config.enabled,
         )
         if hasattr(store, "on_invalid"):
@@ -157,9 +166,9 @@ class CacheStrategies(CacheManager):
         state.flask_cache = self._given_cache or _flask_cache(app)
         self._apps.add(app)
         self._only = weakref.ref(cache) if len(self._apps) == 1 else _no_cache
-        if config.response_headers:
-            app.after_request(_describe)
-        app.before_request(partial(_start, behind))
+        if config.response_headers and config.enabled:
+            context.install(app).describe(_describe)
+        app.wsgi_app = partial(_serve, behind, app.wsgi_app)  # type: ignore[method-assign]
         app.cli.add_command(make_commands(cache))
 
     def _store(
@@ -287,16 +296,22 @@ def _flask_cache(app: Flask) -> flask_caching.Cache:
 # --- What the cache tells -------------------------------------------------------------------------
 
 
-def _tell(app: Flask, operation: str, status: str, duration_s: float | None) -> None:
+def _tell(
+    app: Flask, counters: list[Count], operation: str, status: str, duration_s: float | None
+) -> None:
+    for count in counters:
+        count(operation, status, duration_s)
     if cache_operated.receivers:
         context.tell(cache_operated, app, CacheEvent(operation, status, duration_s))
 
 
 def _note(answer: Answer) -> None:
     """Remember for the response how a load was answered, the most telling one of a request."""
-    if not has_request_context():
-        return
-    environ = request.environ
+    try:
+        # The request itself: what its proxy does for an attribute costs three times as much.
+        environ = request._get_current_object().environ  # type: ignore[attr-defined]
+    except RuntimeError:
+        return  # loaded beside any request
     noted = environ.get(_NOTED)
     if noted is None or _ORDER.index(answer.outcome) > _ORDER.index(noted[0]):
         environ[_NOTED] = answer.outcome, answer.age_s
@@ -308,19 +323,37 @@ def _note_nothing(_answer: Answer) -> None:
     pass
 
 
-def _describe(response: Response) -> Response:
+def _note_bypass(_answer: Answer) -> None:
+    """Of a cache that is off, which has no part in any other request."""
+    if has_request_context():
+        after_this_request(_say_bypass)
+
+
+def _say_bypass(response: Response) -> Response:
+    response.headers.setdefault("X-Cache", Outcome.BYPASS.value)
+    return response
+
+
+def _note_of(config: Config) -> Callable[[Answer], None]:
+    if not config.response_headers:
+        return _note_nothing
+    return _note if config.enabled else _note_bypass
+
+
+def _describe(environ: "WSGIEnvironment", fields: list[tuple[str, str]]) -> None:
     """Say what the cache did, unless the view has said it.
 
     Age is RFC 9111's. It takes from what a view's own Cache-Control allows: there it is left out.
     """
-    noted = request.environ.get(_NOTED)
-    if noted is not None and "X-Cache" not in response.headers:
+    noted = environ.get(_NOTED)
+    if noted is None:
+        return
+    names = {name.lower() for name, _ in fields}
+    if "x-cache" not in names:
         outcome, age_s = noted
-        response.headers["X-Cache"] = outcome.value
-        is_kept = outcome in (Outcome.HIT, Outcome.STALE)
-        if is_kept and "Cache-Control" not in response.headers:
-            response.headers["Age"] = str(math.floor(max(0.0, age_s)))
-    return response
+        fields.append(("X-Cache", str(outcome)))
+        if outcome in _KEPT and "cache-control" not in names:
+            fields.append(("Age", str(max(0, math.floor(age_s)))))
 
 
 def _publish(app: Flask, state: State) -> None:
@@ -342,6 +375,12 @@ def _within(app: Flask, run: Callable[[], Any]) -> None:
         run()
 
 
-def _start(behind: WriteBehind) -> None:
+def _serve(
+    behind: WriteBehind,
+    inner: "WSGIApplication",
+    environ: "WSGIEnvironment",
+    start_response: "StartResponse",
+) -> Iterable[bytes]:
     """With the first request, in the process that serves it: what was left is written."""
     behind.begin()
+    return inner(environ, start_response)

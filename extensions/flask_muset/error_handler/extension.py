@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, got_request_exception, request
 from werkzeug.exceptions import HTTPException, InternalServerError
-from werkzeug.wsgi import FileWrapper
 
 from flask_muset import context
 from flask_muset.configuration import redis_client
@@ -269,8 +268,7 @@ class _Boundary:
                 raise
             answer = _answer(self._app, self._state, exception, self._app.request_class(environ))
             return _begin(answer, environ, start_response)
-        # Lists and file wrappers cannot fail half-way, and servers treat the latter specially.
-        if isinstance(body, list | tuple | environ.get("wsgi.file_wrapper", FileWrapper)):
+        if context.is_whole(body, environ):
             return body
         return _Body(body, self, environ)
 

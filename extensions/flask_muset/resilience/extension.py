@@ -1,5 +1,6 @@
 """Resilience: binds the parts of this folder to a Flask app."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
 from click import Group
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, request
 from werkzeug.exceptions import (
     BadRequest,
     GatewayTimeout,
@@ -457,8 +458,6 @@ def _guard_requests(
             refuses=config.max_concurrent_requests_mode == "enforce",
         )
     timed = config.request_timeout_mode != "off"
-    if timed:
-        app.before_request(partial(_say_once_what_cannot_be_cut, app, []))
     if gate is not None or timed:
         context.install(app).add(
             context.Rank.LIMITS,
@@ -470,6 +469,7 @@ def _guard_requests(
                     timeout_s=config.request_timeout_s if timed else 0.0,
                     timeout_mode=config.request_timeout_mode,
                     exempt=config.exempt_paths,
+                    begin=partial(_say_what_cannot_be_cut, app),
                     refuse=partial(_answer, app),
                     tell=partial(_tell, app),
                 ).__call__
@@ -479,18 +479,16 @@ def _guard_requests(
         limiter = RateLimit(config.rate_limit, _PERIOD_S)
         if redis is not None:
             limiter.share(redis, "requests")
-        app.before_request(partial(_limit_rate, app, config, limiter, key_of))
-        app.after_request(partial(_describe_limit, limiter))
+        app.before_request(lambda: _limit_rate(app, config, limiter, key_of))
+        context.install(app).describe(partial(_describe_limit, _policy_field(limiter)))
 
 
-def _say_once_what_cannot_be_cut(app: Flask, said: list[bool]) -> None:
-    if not said:
-        said.append(True)
-        if not deadline.can_cut():
-            app.logger.info(
-                "no request can be cut off in this worker, because gevent does not run it: one "
-                "that takes longer than its deadline is answered late and counted as an overrun"
-            )
+def _say_what_cannot_be_cut(app: Flask) -> None:
+    if not deadline.can_cut():
+        app.logger.info(
+            "no request can be cut off in this worker, because gevent does not run it: one that "
+            "takes longer than its deadline is answered late and counted as an overrun"
+        )
 
 
 def _tell(app: Flask, part: str, decision: Decision) -> None:
@@ -502,14 +500,15 @@ def _limit_rate(
     app: Flask, config: Config, limiter: RateLimit, key_of: RateLimitKey | None
 ) -> None:
     """Count the request against its caller's limit."""
-    if request.path in config.exempt_paths:
+    incoming: Request = request._get_current_object()  # type: ignore[attr-defined]
+    if incoming.path in config.exempt_paths:
         return
-    key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
+    key = None if key_of is None else key_of(incoming)
     if key is UNLIMITED:
         return
-    hit = limiter.hit(f"address {_network(request.remote_addr)}" if key is None else f"key {key}")
+    hit = limiter.hit(f"address {_network(incoming.remote_addr)}" if key is None else f"key {key}")
     # Not in `g`, which may outlive the request where an app context is open already.
-    request.environ[_HIT] = hit
+    incoming.environ[_HIT] = hit
     if hit.allowed:
         return
     if config.rate_limit_mode == "observe":
@@ -532,15 +531,18 @@ def _network(address: str | None) -> str:
         return address
 
 
-def _describe_limit(limiter: RateLimit, response: Response) -> Response:
-    """The fields of draft-ietf-httpapi-ratelimit-headers."""
-    hit: Hit | None = request.environ.get(_HIT)
+def _policy_field(limiter: RateLimit) -> tuple[str, str]:
+    return "RateLimit-Policy", f'"default";q={limiter.limit};w={limiter.period:.0f}'
+
+
+def _describe_limit(
+    policy: tuple[str, str], environ: "WSGIEnvironment", fields: list[tuple[str, str]]
+) -> None:
+    """Add the fields of draft-ietf-httpapi-ratelimit-headers."""
+    hit: Hit | None = environ.get(_HIT)
     if hit is not None:
-        period, limit = limiter.period, limiter.limit
-        response.headers["RateLimit-Policy"] = f'"default";q={limit};w={period:.0f}'
         wait = hit.retry_after or hit.reset_after
-        response.headers["RateLimit"] = f'"default";r={hit.remaining};t={-int(-wait // 1)}'
-    return response
+        fields += policy, ("RateLimit", f'"default";r={hit.remaining};t={math.ceil(wait)}')
 
 
 def _has_error_handler(app: Flask) -> bool:
