@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from blinker import Signal
 from flask import Flask, Request, current_app, has_app_context, has_request_context, request
-from werkzeug.wsgi import FileWrapper
+from werkzeug.wsgi import ClosingIterator, FileWrapper
 
 from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REQUEST_ID_KEY",
+    "Broken",
     "Describe",
     "Exchange",
     "Observer",
@@ -171,6 +172,8 @@ class Observer(Protocol):
 
 #: Adds fields to a response's head, given the environment of its request and all of its fields.
 Describe = Callable[["WSGIEnvironment", list[tuple[str, str]]], None]
+#: Is told of what ends a body half-way, and may raise something else in its place.
+Broken = Callable[[BaseException, "WSGIEnvironment"], None]
 
 
 class RequestContext:
@@ -187,6 +190,7 @@ class RequestContext:
         self._next: WSGIApplication = app.wsgi_app
         self._observers: list[Observer] = []
         self._describers: list[Describe] = []
+        self._broken: Broken | None = None
 
     def add(self, rank: Rank, make: "Callable[[WSGIApplication], WSGIApplication]") -> None:
         """Put in a layer.
@@ -207,6 +211,10 @@ class RequestContext:
             app, make = self._app, self._app.request_context
             app.request_context = partial(_noted, make)  # type: ignore[method-assign]
         self._observers.append(observer)
+
+    def guard(self, broken: Broken) -> None:
+        """Tell somebody of each exception of a response that has begun."""
+        self._broken = broken
 
     def describe(self, describe: Describe) -> None:
         """Let somebody add fields to each response's head, just before it is sent.
@@ -239,7 +247,10 @@ class RequestContext:
                 describe(environ, fields)
             return start_response(status, fields, exc_info)
 
-        return self._next(environ, start)
+        body = self._next(environ, start)
+        if self._broken is None or is_whole(body, environ):
+            return body
+        return _GuardedBody(body, self._broken, environ)
 
     def _observed(
         self,
@@ -271,7 +282,7 @@ class RequestContext:
             _end(exchange, observers)
             _close(exchange, observers)
             raise
-        return _ObservedBody(body, exchange, observers)
+        return _ObservedBody(body, exchange, observers, self._broken)
 
 
 def _noted(
@@ -302,15 +313,46 @@ def _close(exchange: Exchange, observers: Sequence[Observer]) -> None:
         current_exchange.set(None)
 
 
+def _nothing() -> None: ...
+
+
+class _GuardedBody:
+    """A response's body on its way to the server, where nobody observes it."""
+
+    __slots__ = ("_broken", "_environ", "_inner", "close")
+
+    def __init__(self, inner: Iterable[bytes], broken: Broken, environ: "WSGIEnvironment") -> None:
+        self._inner = inner
+        self._broken = broken
+        self._environ = environ
+        self.close = getattr(inner, "close", _nothing)
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            # Not `yield from`, which would close the body once more when a client leaves.
+            for chunk in self._inner:  # noqa: UP028
+                yield chunk
+        except GeneratorExit:
+            raise
+        except BaseException as exception:
+            self._broken(exception, self._environ)
+            raise
+
+
 class _ObservedBody:
     """A response's body on its way to the server."""
 
-    __slots__ = ("_exchange", "_inner", "_is_closed", "_observers")
+    __slots__ = ("_broken", "_exchange", "_inner", "_is_closed", "_observers")
 
     def __init__(
-        self, inner: Iterable[bytes], exchange: Exchange, observers: Sequence[Observer]
+        self,
+        inner: Iterable[bytes],
+        exchange: Exchange,
+        observers: Sequence[Observer],
+        broken: Broken | None,
     ) -> None:
         self._inner = inner
+        self._broken = broken
         self._exchange = exchange
         self._observers = observers
         self._is_closed = False
@@ -325,11 +367,14 @@ class _ObservedBody:
                 yield chunk
         except GeneratorExit:
             raise
-        except BaseException:
+        except BaseException as exception:
             exchange.failed = True
+            if self._broken is not None:
+                self._broken(exception, exchange.environ)
             raise
         finally:
-            _end(exchange, self._observers)
+            if not exchange._ended:
+                _end(exchange, self._observers)
 
     def close(self) -> None:
         """Close the body; servers call it whatever happened."""
@@ -350,6 +395,8 @@ class _ObservedBody:
 
 def is_whole(body: Iterable[bytes], environ: "WSGIEnvironment") -> bool:
     """Whether a body cannot fail half-way, or is a file that servers send unread."""
+    if type(body) is ClosingIterator:  # of nearly all of Flask's responses
+        return False
     return isinstance(body, (list, tuple, environ.get("wsgi.file_wrapper", FileWrapper)))
 
 

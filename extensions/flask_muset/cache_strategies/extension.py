@@ -1,7 +1,6 @@
 """CacheStrategies: binds the cache to a Flask app."""
 
 import logging
-import math
 import os
 import weakref
 from collections.abc import Callable, Iterable
@@ -348,12 +347,12 @@ def _describe(environ: "WSGIEnvironment", fields: list[tuple[str, str]]) -> None
     noted = environ.get(_NOTED)
     if noted is None:
         return
-    names = {name.lower() for name, _ in fields}
+    names = [name.lower() for name, _ in fields]
     if "x-cache" not in names:
         outcome, age_s = noted
         fields.append(("X-Cache", str(outcome)))
         if outcome in _KEPT and "cache-control" not in names:
-            fields.append(("Age", str(max(0, math.floor(age_s)))))
+            fields.append(("Age", str(max(0, int(age_s)))))
 
 
 def _publish(app: Flask, state: State) -> None:

@@ -143,7 +143,8 @@ class RequestLimits:
         Raises:
             _OwnError: The time is up, or what the caller says of it cannot be read.
         """
-        seconds, by_caller = self._seconds(environ)
+        asked = environ.get("HTTP_X_REQUEST_TIMEOUT_MS")
+        seconds, by_caller = (self._timeout_s, False) if asked is None else self._asked(asked)
         at = began + seconds
         if self._timeout_mode == "observe":
             answer = self._first(environ, held)
@@ -175,7 +176,7 @@ class RequestLimits:
     def _first(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> tuple[Iterable[bytes], _Begun | None]:
-        """The body, and its first bytes with the rest of them, if it is one that has to be begun."""
+        """The body, and its first bytes with the rest of them if it is one that has to be begun."""
         body = self._wsgi_app(environ, start_response)
         if is_whole(body, environ):
             return body, None
@@ -187,11 +188,8 @@ class RequestLimits:
             raise
         return body, (() if first is None else (first,), chunks)
 
-    def _seconds(self, environ: "WSGIEnvironment") -> tuple[float, bool]:
-        """The time that a request has, and whether its caller has lowered it."""
-        text = environ.get("HTTP_X_REQUEST_TIMEOUT_MS")
-        if text is None:
-            return self._timeout_s, False
+    def _asked(self, text: str) -> tuple[float, bool]:
+        """The time that a request has by its header, and whether its caller has lowered it."""
         well_formed = text.isascii() and text.isdigit() and len(text) <= _MAX_HEADER_LENGTH
         if self._timeout_mode == "observe" and not (well_formed and int(text)):
             self._tell("deadline", Decision.WOULD_REJECT)
