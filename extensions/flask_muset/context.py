@@ -389,7 +389,8 @@ class _ObservedBody:
             self._exchange.failed = True
             raise
         finally:
-            _end(self._exchange, self._observers)
+            if not self._exchange._ended:
+                _end(self._exchange, self._observers)
             _close(self._exchange, self._observers)
 
 

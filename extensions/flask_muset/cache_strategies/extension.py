@@ -329,7 +329,8 @@ def _note_bypass(_answer: Answer) -> None:
 
 
 def _say_bypass(response: Response) -> Response:
-    response.headers.setdefault("X-Cache", Outcome.BYPASS.value)
+    if not response.headers.getlist("X-Cache"):
+        response.headers.add("X-Cache", Outcome.BYPASS.value)
     return response
 
 

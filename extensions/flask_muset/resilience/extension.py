@@ -479,7 +479,7 @@ def _guard_requests(
         limiter = RateLimit(config.rate_limit, _PERIOD_S)
         if redis is not None:
             limiter.share(redis, "requests")
-        app.before_request(lambda: _limit_rate(app, config, limiter, key_of))
+        app.before_request(_rate_limiter(app, config, limiter, key_of))
         context.install(app).describe(partial(_describe_limit, _policy_field(limiter)))
 
 
@@ -496,21 +496,29 @@ def _tell(app: Flask, part: str, decision: Decision) -> None:
         context.tell(policy_decided, app, PolicyEvent("request", part, decision))
 
 
-def _limit_rate(
+def _rate_limiter(
     app: Flask, config: Config, limiter: RateLimit, key_of: RateLimitKey | None
-) -> None:
-    """Count the request against its caller's limit."""
-    incoming: Request = request._get_current_object()  # type: ignore[attr-defined]
-    if incoming.path in config.exempt_paths:
-        return
-    key = None if key_of is None else key_of(incoming)
-    if key is UNLIMITED:
-        return
-    hit = limiter.hit(f"address {_network(incoming.remote_addr)}" if key is None else f"key {key}")
-    # Not in `g`, which may outlive the request where an app context is open already.
-    incoming.environ[_HIT] = hit
-    if hit.allowed:
-        return
+) -> Callable[[], None]:
+    """What counts a request against its caller's limit."""
+    exempt, hit_by = config.exempt_paths, limiter.hit
+
+    def limit() -> None:
+        incoming: Request = request._get_current_object()  # type: ignore[attr-defined]
+        if incoming.path in exempt:
+            return
+        key = None if key_of is None else key_of(incoming)
+        if key is UNLIMITED:
+            return
+        hit = hit_by(f"address {_network(incoming.remote_addr)}" if key is None else f"key {key}")
+        # Not in `g`, which may outlive the request where an app context is open already.
+        incoming.environ[_HIT] = hit
+        if not hit.allowed:
+            _over_limit(app, config, limiter, hit)
+
+    return limit
+
+
+def _over_limit(app: Flask, config: Config, limiter: RateLimit, hit: Hit) -> None:
     if config.rate_limit_mode == "observe":
         _tell(app, "rate_limit", Decision.WOULD_REJECT)
         return
