@@ -30,7 +30,6 @@ from flask_muset.cache_strategies.writers import Writers
 from flask_muset.configuration import redis_client
 from flask_muset.errors import MusetError
 from flask_muset.locks import run_beside
-from flask_muset.redis import GuardedRedis
 from flask_muset.signals import (
     CacheEvent,
     Count,
@@ -42,6 +41,8 @@ from flask_muset.signals import (
 
 if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["CacheStrategies"]
 
@@ -63,7 +64,7 @@ class _State:
     cache: Cache
     store: Store
     codec: Codec
-    redis: GuardedRedis | None
+    redis: "GuardedRedis | None"
     tell: Tell
     detach: Callable[[str, str], None]
     flask_cache: flask_caching.Cache | None = None
@@ -117,7 +118,7 @@ class CacheStrategies(CacheManager):
         app: Flask | None = None,
         *,
         cache: flask_caching.Cache | None = None,
-        redis: GuardedRedis | None = None,
+        redis: "GuardedRedis | None" = None,
     ) -> None:
         super().__init__()
         self._given_cache = cache
@@ -174,7 +175,7 @@ class CacheStrategies(CacheManager):
         self,
         app: Flask,
         config: Config,
-        redis: GuardedRedis | None,
+        redis: "GuardedRedis | None",
         tell: Tell,
     ) -> Store:
         if not config.enabled:
@@ -202,7 +203,7 @@ class CacheStrategies(CacheManager):
         self,
         app: Flask,
         config: Config,
-        redis: GuardedRedis | None,
+        redis: "GuardedRedis | None",
         store: Store,
         codec: Codec,
         tell: Tell,
@@ -254,7 +255,7 @@ def _no_cache() -> None:
     return None
 
 
-def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Store) -> Journal:
+def _journal(app: Flask, config: Config, redis: "GuardedRedis | None", store: Store) -> Journal:
     limits = {"max_pending": config.max_pending, "max_pending_bytes": config.max_pending_bytes}
     if redis is not None:
         from flask_muset.cache_strategies.redis_journal import RedisJournal
@@ -267,7 +268,7 @@ def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Stor
     return SqliteJournal(path, store, **limits)
 
 
-def _refuse_risks(journal: Journal, store: Store, redis: GuardedRedis | None) -> None:
+def _refuse_risks(journal: Journal, store: Store, redis: "GuardedRedis | None") -> None:
     """Refuse to start; a Redis that does not answer now is asked before the first write."""
     try:
         risks = journal.risks()
