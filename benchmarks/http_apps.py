@@ -164,6 +164,13 @@ def bare():
     return app
 
 
+def bare_redis():
+    """What memory redis-py's import takes."""
+    import redis  # noqa: F401
+
+    return bare()
+
+
 def hooks():
     """Floor of any extension: one empty before, after and teardown hook."""
 

@@ -3,10 +3,12 @@
 Bare Flask, ours and the peers on our fair worker, with one worker and with two, all at once and in
 turns, so that whatever else the machine does hits all alike; of each the best turn counts. The
 load is 64 kept connections, each of which asks again when all have been answered. CPU is that of
-the master and its workers, redis-server's apart.
+the master and its workers, redis-server's apart. OpenTelemetry counts as not installed: redis-py
+would import all of it.
 """
 
 import argparse
+import itertools
 import os
 import re
 import select
@@ -18,21 +20,18 @@ from pathlib import Path
 
 import common as c
 
-BESIDE = ["trio_local", "trio"]
 OURS = ["muset_four", "muset_four_redis"]
+BESIDE = ["bare_redis", "trio_local", "trio"]
 CONNECTIONS = 64
+_SETTINGS = "import sys\nsys.modules['opentelemetry'] = None\n"
 _LENGTH = re.compile(rb"\r\nContent-Length: *(\d+)", re.IGNORECASE)
 
 
 class Connection:
-    """A kept connection that asks for one path, whole answers at a time."""
+    """A kept connection."""
 
-    def __init__(self, port, request):
+    def __init__(self, port):
         self.socket = socket.create_connection(("127.0.0.1", port), 30)
-        self._request = request
-
-    def ask(self):
-        self.socket.sendall(self._request)
 
     def status(self):
         """Read one answer; its status."""
@@ -52,16 +51,15 @@ class Connection:
         return data
 
 
-def load(port, count, path="/api/ping", headers=""):
-    """Ask so many times over 64 connections; the number of answers by status."""
-    request = f"GET {path} HTTP/1.1\r\nHost: x\r\n{headers}\r\n".encode()
-    connections = [Connection(port, request) for _ in range(CONNECTIONS)]
-    found, asked = {}, 0
+def load(port, count, requests=(b"GET /api/ping HTTP/1.1\r\nHost: x\r\n\r\n",)):
+    """Send so many of these requests over 64 connections; the number of answers by status."""
+    connections = [Connection(port) for _ in range(CONNECTIONS)]
+    found, asked, ahead = {}, 0, itertools.cycle(requests)
     try:
         while asked < count:
             turn = connections[: min(CONNECTIONS, count - asked)]
             for connection in turn:
-                connection.ask()
+                connection.socket.sendall(next(ahead))
             waiting = {connection.socket: connection for connection in turn}
             while waiting:
                 ready = select.select(list(waiting), [], [], 60)[0]
@@ -98,14 +96,14 @@ class Server:
         files.mkdir()
         env = dict(os.environ, REDIS_PORT=str(redis_port), PYTHONHASHSEED="0")
         env["PYTHONPATH"] = os.pathsep.join([c.HERE, env.get("PYTHONPATH", "")])
-        if app not in ("bare", "trio_local"):
+        if app in (*OURS, "trio"):
             env["PROMETHEUS_MULTIPROC_DIR"] = str(files)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "-k", "flask_muset.worker.FairGeventWorker",
              "-w", str(workers), "--log-level", "warning", "--no-control-socket",
              "--worker-tmp-dir", folder, "-b", f"127.0.0.1:{self.port}", f"http_apps:{app}()"],
             env=env,
-            cwd=folder,  # where there is no gunicorn.conf.py
+            cwd=folder,
         )  # fmt: skip
 
     def turn(self, count):
@@ -125,7 +123,7 @@ class Server:
         c.stop(self._process)
 
 
-def measure(names=(*OURS, *BESIDE), *, rounds=4, count=2_560):
+def measure(names, *, rounds, count):
     """CPU per 1,000 requests and memory, by app and number of workers.
 
     Args:
@@ -136,6 +134,7 @@ def measure(names=(*OURS, *BESIDE), *, rounds=4, count=2_560):
     redis_port, _ = c.start_redis()
     found = {}
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "gunicorn.conf.py").write_text(_SETTINGS)
         servers = {}
         try:
             for name in ("bare", *names):
@@ -162,8 +161,8 @@ def measure(names=(*OURS, *BESIDE), *, rounds=4, count=2_560):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*OURS, *BESIDE])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--count", type=int, default=2_560)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--count", type=int, default=1_280)
     options = parser.parse_args()
     found = measure(options.only, rounds=options.rounds, count=options.count)
     rows = [{"app": name, "workers": workers, **row} for (name, workers), row in found.items()]
