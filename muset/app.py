@@ -4,7 +4,7 @@ import logging as stdlib_logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 from sqlalchemy import Engine
@@ -21,7 +21,6 @@ from flask_muset import (
 from flask_muset.clock import SYSTEM
 from flask_muset.locks import run_beside
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
-from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import (
     Bulkhead,
     CircuitBreaker,
@@ -62,6 +61,9 @@ from muset.services.usage import UsageService
 from muset.services.usage_report import UsageReport
 from muset.services.users import UserService
 from muset.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["Services", "create_app", "make_services"]
 
@@ -221,10 +223,13 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
-def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
+def _redis(app: Flask, settings: Settings) -> "GuardedRedis | None":
     """One client for all that use Redis, where it is set: the service works without it."""
     if settings.redis_url is None:
         return None
+    # Only here, because redis-py takes a tenth of the memory of a service without it.
+    from flask_muset.redis import GuardedRedis
+
     client = GuardedRedis(
         settings.redis_url,
         max_connections=settings.redis_max_connections,

@@ -1,9 +1,12 @@
 """Redis, where it is set."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from flask_muset.redis import GuardedRedis
 from muset.ports import NotReadyError
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["RedisProbe", "StateProbe"]
 
@@ -14,7 +17,7 @@ class RedisProbe:
     name = "redis"
     is_needed = False
 
-    def __init__(self, client: GuardedRedis) -> None:
+    def __init__(self, client: "GuardedRedis") -> None:
         self._client = client
 
     def check(self, timeout_s: float) -> None:
