@@ -25,6 +25,67 @@ def error_handler():
     return app
 
 
+def muset_four(**settings):
+    """Ours, all four: errors, deadline, concurrency and rate limit, a cached view, metrics."""
+    from flask_muset import CacheStrategies, ErrorHandler, Metrics, Resilience
+
+    cache = CacheStrategies()
+
+    def before(app):
+        app.config.update(RESILIENCE_RATE_LIMIT_REQUESTS_PER_MINUTE=60_000, **settings)
+        for extension in (ErrorHandler(), Resilience(), cache, Metrics()):
+            extension.init_app(app)
+
+    return _flask(before=before, view_wrap=lambda _app: cache.cached("ping", expire=600))
+
+
+def muset_four_redis():
+    """The same with Redis: the view is answered by the memory, hits of the limit are lent."""
+    names = ("CACHE_STRATEGIES", "RESILIENCE", "ERROR_HANDLER")
+    return muset_four(**{f"{name}_REDIS_URL": _redis_url() for name in names})
+
+
+def _off(prefix, extension, view_wrap=None):
+    def before(app):
+        app.config[f"{prefix}_ENABLED"] = False
+        extension.init_app(app)
+
+    return _flask(before=before, view_wrap=view_wrap)
+
+
+def errors_off():
+    """Bare Flask with one of ours that is switched off."""
+    from flask_muset import ErrorHandler
+
+    return _off("ERROR_HANDLER", ErrorHandler())
+
+
+def resilience_off():
+    from flask_muset import Resilience
+
+    return _off("RESILIENCE", Resilience())
+
+
+def cache_off():
+    from flask_muset import CacheStrategies
+
+    return _off("CACHE_STRATEGIES", CacheStrategies())
+
+
+def cached_view_off():
+    """A view that says with each response that it was loaded past the cache."""
+    from flask_muset import CacheStrategies
+
+    cache = CacheStrategies()
+    return _off("CACHE_STRATEGIES", cache, view_wrap=lambda _app: cache.cached("ping"))
+
+
+def metrics_off():
+    from flask_muset import Metrics
+
+    return _off("METRICS", Metrics())
+
+
 def _redis_url():
     return f"redis://127.0.0.1:{os.environ.get('REDIS_PORT', '6379')}/0"
 
@@ -101,6 +162,13 @@ def bare():
         raise ValueError("no")
 
     return app
+
+
+def bare_redis():
+    """What memory redis-py's import takes."""
+    import redis  # noqa: F401
+
+    return bare()
 
 
 def hooks():

@@ -4,7 +4,7 @@ import logging as stdlib_logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flask import Flask
 from sqlalchemy import Engine
@@ -22,7 +22,6 @@ from flask_muset import (
 from flask_muset.clock import SYSTEM
 from flask_muset.locks import run_beside
 from flask_muset.metrics import instrument_redis, instrument_sqlalchemy, track_ai_request
-from flask_muset.redis import GuardedRedis
 from flask_muset.resilience import (
     Bulkhead,
     CircuitBreaker,
@@ -65,6 +64,9 @@ from muset.services.usage import UsageService
 from muset.services.usage_report import UsageReport
 from muset.services.users import UserService
 from muset.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["Services", "create_app", "make_services"]
 
@@ -236,7 +238,7 @@ def _database_policy(resilience: Resilience) -> Policy:
     )
 
 
-def _wrong_keys(settings: Settings, redis: GuardedRedis | None) -> RateLimit | None:
+def _wrong_keys(settings: Settings, redis: "GuardedRedis | None") -> RateLimit | None:
     """The limit on wrong keys of one address, shared by all workers like any other."""
     if settings.wrong_keys_per_minute == 0:
         return None
@@ -247,10 +249,13 @@ def _wrong_keys(settings: Settings, redis: GuardedRedis | None) -> RateLimit | N
     return limit
 
 
-def _redis(app: Flask, settings: Settings, url: str | None, name: str) -> GuardedRedis | None:
+def _redis(app: Flask, settings: Settings, url: str | None, name: str) -> "GuardedRedis | None":
     """One client for all that use a Redis, where it is set: the service works without it."""
     if url is None:
         return None
+    # Only here, because redis-py takes a tenth of the memory of a service without it.
+    from flask_muset.redis import GuardedRedis
+
     client = GuardedRedis(
         url,
         name=name,

@@ -8,6 +8,7 @@ from gevent import monkey
 
 monkey.patch_all()
 
+import gc  # noqa: E402
 import os  # noqa: E402
 import sys  # noqa: E402
 
@@ -57,7 +58,13 @@ loglevel = _settings.log_level.lower()
 
 
 def on_starting(server):
-    """Ctrl-C stops like SIGTERM: running requests end, the exit code is 0."""
+    """Ctrl-C stops like SIGTERM: running requests end, the exit code is 0.
+
+    What the app is made of is there by now and stays. A worker's garbage collector need not look
+    at it, which would give each worker a copy of its own.
+    """
+    gc.collect()
+    gc.freeze()
     server.handle_int = server.handle_term
     if _settings.enable_metrics:
         _prepare_metrics(server)

@@ -27,6 +27,10 @@ class Verdict(Enum):
     REFUSED = "refused"
 
 
+#: Looking them up in their class costs as much as a call.
+_ADMITTED, _REFUSED = Verdict.ADMITTED, Verdict.REFUSED
+
+
 class Arrival(NamedTuple):
     """A request that the worker has passed through a gate.
 
@@ -94,13 +98,15 @@ class Gate:
 
     def arrive(self, path: str) -> Verdict:
         """A request has come; one that is admitted must depart."""
-        if path in self._exempt:
-            return Verdict.EXEMPT
+        return Verdict.EXEMPT if path in self._exempt else self.admit()
+
+    def admit(self) -> Verdict:
+        """The same for a request that is not exempt."""
         with self._lock:  # type: ignore[attr-defined]
             if self._refuses and self.in_flight >= self.limit:
-                return Verdict.REFUSED
+                return _REFUSED
             self.in_flight += 1
-        return Verdict.ADMITTED
+        return _ADMITTED
 
     def depart(self) -> None:
         """An admitted request has ended, its response sent."""

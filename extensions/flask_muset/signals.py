@@ -4,8 +4,10 @@ Listeners such as the Metrics extension meet the others here and nowhere else.
 The sender is the Flask application, None where there is none. Every label comes from a bounded set.
 """
 
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from blinker import Namespace
 
@@ -14,6 +16,7 @@ from flask_muset.errors import ErrorCategory, Severity
 __all__ = [
     "BreakerEvent",
     "CacheEvent",
+    "Count",
     "Decision",
     "ErrorEvent",
     "LinkEvent",
@@ -169,6 +172,22 @@ class CacheEvent:
 
 #: Sent with `event`, a CacheEvent.
 cache_operated = _signals.signal("cache-operated")
+
+#: Counts an operation: as CacheEvent has them its name, how it went and its seconds. It must be
+#: quick, and it must not raise.
+Count = Callable[[str, str, float | None], None]
+
+
+def cache_counters(extensions: MutableMapping[str, Any]) -> list[Count]:
+    """Who counts what an app's cache does, beside the listeners of `cache_operated`.
+
+    Most requests do something with the cache, and a signal costs more than the counting.
+
+    Args:
+        extensions: Of the app.
+    """
+    counters: list[Count] = extensions.setdefault("flask_muset.cache_counters", [])
+    return counters
 
 
 @dataclass(frozen=True, slots=True)

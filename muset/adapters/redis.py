@@ -1,9 +1,12 @@
 """Redis, where it is set."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from flask_muset.redis import GuardedRedis
 from muset.ports import NotReadyError
+
+if TYPE_CHECKING:
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["RedisProbe", "StateProbe"]
 
@@ -13,7 +16,7 @@ class RedisProbe:
 
     is_needed = False
 
-    def __init__(self, client: GuardedRedis) -> None:
+    def __init__(self, client: "GuardedRedis") -> None:
         self.name = client.name
         self._client = client
 

@@ -19,7 +19,7 @@ from flask_muset.clock import SYSTEM
 from flask_muset.configuration import ABOVE_ZERO
 from flask_muset.deadline import deadline
 from flask_muset.errors import MusetError, NotFoundError
-from flask_muset.signals import cache_operated
+from flask_muset.signals import Count, cache_operated
 
 __all__ = ["Cache", "check_tags"]
 
@@ -61,7 +61,7 @@ _MISSED = Answer(None, Outcome.MISS, 0.0)
 
 _MOMENT_S = 0.001
 
-#: Who is told of operations; without anybody they are not timed.
+#: Who is told of operations beside those who count them; without anybody they are not timed.
 _listeners = cache_operated.receivers
 
 
@@ -73,7 +73,8 @@ class Cache:
         codec: How values become bytes.
         in_background: Runs a refresh beside the request.
         default_expire_s: Of what is kept without a time of its own; None for no end.
-        tell: Counts an operation: name, status, seconds.
+        tell: Tells of an operation: name, status, seconds.
+        counters: Who counts what is told.
         note: Is given how each load was answered.
         is_off: Whether every load goes to its source.
         write_behind: Accepts writes, and knows what waits.
@@ -87,6 +88,7 @@ class Cache:
         in_background: Callable[[Callable[[], None]], None],
         default_expire_s: float | None,
         tell: Tell,
+        counters: Sequence[Count] = (),
         note: Callable[[Answer], None],
         is_off: bool = False,
         write_behind: WriteBehind,
@@ -96,6 +98,7 @@ class Cache:
         self.codec = codec
         self.default_expire_s = default_expire_s
         self._tell = tell
+        self._counters = counters
         #: What is known without waiting.
         self._peek: Callable[[str], Entry | None] = getattr(store, "peek", _nothing)
         self._decode = codec.decode
@@ -117,7 +120,7 @@ class Cache:
             if entry is None or began >= entry.fresh_until or isinstance(entry, Gone):
                 entry = None
         value, status = (ABSENT, "miss") if entry is None else self._value(entry)
-        if _listeners:
+        if _listeners or self._counters:
             self._tell("get", status, SYSTEM.now() - began)
         return default if value is ABSENT else value
 

@@ -733,11 +733,17 @@ class Codec:
 
     def _make_response(self, parts: Sequence[Any]) -> Response:
         body, *data = parts
-        status, *texts = map(_from_utf8, data)
+        # Written out: a call for each costs as much as the decoding.
+        status, *texts = [text.decode("utf-8", "surrogatepass") for text in data]
         if type(body) is not bytes:
             raise Unreadable("a response without a body")
-        response = self._response_class(body, status=status)
-        response.headers = Headers(list(zip(texts[::2], texts[1::2], strict=True)))
+        fields = list(zip(texts[::2], texts[1::2], strict=True))
+        headers = Headers()
+        headers[:] = fields
+        # A list, because of bytes the length would be written into the headers.
+        response = self._response_class([body], status=status, headers=headers)
+        if len(headers) != len(fields):
+            headers[:] = fields  # without what the class has added, such as a Content-Type
         return response
 
     def _make_object(self, parts: Sequence[Any]) -> Any:

@@ -1,16 +1,15 @@
 """CacheStrategies: binds the cache to a Flask app."""
 
 import logging
-import math
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import flask_caching
-from flask import Flask, Response, has_request_context, request
+from flask import Flask, Response, after_this_request, has_request_context, request
 
 from flask_muset import context
 from flask_muset.cache_strategies.attempts import Attempts
@@ -31,13 +30,19 @@ from flask_muset.cache_strategies.writers import Writers
 from flask_muset.configuration import redis_client
 from flask_muset.errors import MusetError
 from flask_muset.locks import run_beside
-from flask_muset.redis import GuardedRedis
 from flask_muset.signals import (
     CacheEvent,
+    Count,
     WriteBehindEvent,
+    cache_counters,
     cache_operated,
     write_behind_measured,
 )
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIApplication, WSGIEnvironment
+
+    from flask_muset.redis import GuardedRedis
 
 __all__ = ["CacheStrategies"]
 
@@ -48,6 +53,8 @@ _log = logging.getLogger(__name__)
 _NOTED = "flask_muset.cache"
 #: The outcome that a response names, of several: the one that tells most.
 _ORDER = [Outcome.HIT, Outcome.STALE, Outcome.BYPASS, Outcome.MISS]
+#: Those whose value was kept, and so has an age.
+_KEPT = (Outcome.HIT, Outcome.STALE)
 
 
 @dataclass(slots=True)
@@ -57,7 +64,7 @@ class _State:
     cache: Cache
     store: Store
     codec: Codec
-    redis: GuardedRedis | None
+    redis: "GuardedRedis | None"
     tell: Tell
     detach: Callable[[str, str], None]
     flask_cache: flask_caching.Cache | None = None
@@ -115,8 +122,8 @@ class CacheStrategies(CacheManager):
         app: Flask | None = None,
         *,
         cache: flask_caching.Cache | None = None,
-        redis: GuardedRedis | None = None,
-        journal_redis: GuardedRedis | None = None,
+        redis: "GuardedRedis | None" = None,
+        journal_redis: "GuardedRedis | None" = None,
     ) -> None:
         super().__init__()
         self._given_cache = cache
@@ -140,7 +147,8 @@ class CacheStrategies(CacheManager):
         codec = Codec(response_class=app.response_class)
         for cls in self._registered:
             codec.register(cls)
-        tell = partial(_tell, app)
+        counters = cache_counters(app.extensions)
+        tell = partial(_tell, app, counters)
         redis = None
         if self._given_cache is None:
             redis = redis_client(self._given_redis, config, PREFIX, "cache")
@@ -160,7 +168,8 @@ class CacheStrategies(CacheManager):
             in_background=partial(_in_background, app),
             default_expire_s=config.default_expire_s,
             tell=tell,
-            note=_note if config.response_headers else _note_nothing,
+            counters=counters,
+            note=_note_of(config),
             is_off=not config.enabled,
         )
         if hasattr(store, "on_invalid"):
@@ -170,12 +179,12 @@ class CacheStrategies(CacheManager):
         state.flask_cache = self._given_cache or _flask_cache(app)
         self._apps.add(app)
         self._only = weakref.ref(cache) if len(self._apps) == 1 else _no_cache
-        if config.response_headers:
-            app.after_request(_describe)
-        app.before_request(partial(_start, behind))
+        if config.response_headers and config.enabled:
+            context.install(app).describe(_describe)
+        app.wsgi_app = partial(_serve, behind, app.wsgi_app)  # type: ignore[method-assign]
         app.cli.add_command(make_commands(cache))
 
-    def _journal_redis(self, config: Config, redis: GuardedRedis | None) -> GuardedRedis | None:
+    def _journal_redis(self, config: Config, redis: "GuardedRedis | None") -> "GuardedRedis | None":
         """Where writes wait: the Redis of the cache, unless they have one of their own."""
         given, url = self._given_journal_redis, config.journal_redis_url
         if given is None and url is None:
@@ -191,8 +200,8 @@ class CacheStrategies(CacheManager):
         self,
         app: Flask,
         config: Config,
-        redis: GuardedRedis | None,
-        journal_redis: GuardedRedis | None,
+        redis: "GuardedRedis | None",
+        journal_redis: "GuardedRedis | None",
         writers: Writers,
         tell: Tell,
     ) -> Store:
@@ -275,7 +284,7 @@ def _no_cache() -> None:
     return None
 
 
-def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Store) -> Journal:
+def _journal(app: Flask, config: Config, redis: "GuardedRedis | None", store: Store) -> Journal:
     limits = {"max_pending": config.max_pending, "max_pending_bytes": config.max_pending_bytes}
     if redis is not None:
         from flask_muset.cache_strategies.redis_journal import RedisJournal
@@ -290,7 +299,7 @@ def _journal(app: Flask, config: Config, redis: GuardedRedis | None, store: Stor
     return SqliteJournal(path, store, **limits)
 
 
-def _refuse_risks(journal: Journal, store: Store, redis: GuardedRedis | None) -> None:
+def _refuse_risks(journal: Journal, store: Store, redis: "GuardedRedis | None") -> None:
     """Refuse to start; a Redis that does not answer now is asked before the first write."""
     try:
         risks = journal.risks()
@@ -318,16 +327,22 @@ def _flask_cache(app: Flask) -> flask_caching.Cache:
 # --- What the cache tells -------------------------------------------------------------------------
 
 
-def _tell(app: Flask, operation: str, status: str, duration_s: float | None) -> None:
+def _tell(
+    app: Flask, counters: list[Count], operation: str, status: str, duration_s: float | None
+) -> None:
+    for count in counters:
+        count(operation, status, duration_s)
     if cache_operated.receivers:
         context.tell(cache_operated, app, CacheEvent(operation, status, duration_s))
 
 
 def _note(answer: Answer) -> None:
     """Remember for the response how a load was answered, the most telling one of a request."""
-    if not has_request_context():
-        return
-    environ = request.environ
+    try:
+        # The request itself: what its proxy does for an attribute costs three times as much.
+        environ = request._get_current_object().environ  # type: ignore[attr-defined]
+    except RuntimeError:
+        return  # loaded beside any request
     noted = environ.get(_NOTED)
     if noted is None or _ORDER.index(answer.outcome) > _ORDER.index(noted[0]):
         environ[_NOTED] = answer.outcome, answer.age_s
@@ -339,19 +354,38 @@ def _note_nothing(_answer: Answer) -> None:
     pass
 
 
-def _describe(response: Response) -> Response:
+def _note_bypass(_answer: Answer) -> None:
+    """Of a cache that is off, which has no part in any other request."""
+    if has_request_context():
+        after_this_request(_say_bypass)
+
+
+def _say_bypass(response: Response) -> Response:
+    if not response.headers.getlist("X-Cache"):
+        response.headers.add("X-Cache", Outcome.BYPASS.value)
+    return response
+
+
+def _note_of(config: Config) -> Callable[[Answer], None]:
+    if not config.response_headers:
+        return _note_nothing
+    return _note if config.enabled else _note_bypass
+
+
+def _describe(environ: "WSGIEnvironment", fields: list[tuple[str, str]]) -> None:
     """Say what the cache did, unless the view has said it.
 
     Age is RFC 9111's. It takes from what a view's own Cache-Control allows: there it is left out.
     """
-    noted = request.environ.get(_NOTED)
-    if noted is not None and "X-Cache" not in response.headers:
+    noted = environ.get(_NOTED)
+    if noted is None:
+        return
+    names = [name.lower() for name, _ in fields]
+    if "x-cache" not in names:
         outcome, age_s = noted
-        response.headers["X-Cache"] = outcome.value
-        is_kept = outcome in (Outcome.HIT, Outcome.STALE)
-        if is_kept and "Cache-Control" not in response.headers:
-            response.headers["Age"] = str(math.floor(max(0.0, age_s)))
-    return response
+        fields.append(("X-Cache", str(outcome)))
+        if outcome in _KEPT and "cache-control" not in names:
+            fields.append(("Age", str(max(0, int(age_s)))))
 
 
 def _publish(app: Flask, state: State) -> None:
@@ -373,6 +407,12 @@ def _within(app: Flask, run: Callable[[], Any]) -> None:
         run()
 
 
-def _start(behind: WriteBehind) -> None:
+def _serve(
+    behind: WriteBehind,
+    inner: "WSGIApplication",
+    environ: "WSGIEnvironment",
+    start_response: "StartResponse",
+) -> Iterable[bytes]:
     """With the first request, in the process that serves it: what was left is written."""
     behind.begin()
+    return inner(environ, start_response)

@@ -296,6 +296,7 @@ class Writers:
 
     def __init__(self, declared: Sequence[Declarations], allowed: Iterable[str] = ()) -> None:
         self._declared = declared
+        self._tables = [declarations._by_name for declarations in declared]
         self._allowed = frozenset(allowed)
         self._referred: dict[str, Writer] = {}
         self._warned: set[str] = set()
@@ -305,7 +306,8 @@ class Writers:
             yield from declarations
 
     def __bool__(self) -> bool:
-        return bool(self._allowed) or any(map(len, self._declared))
+        # Asked with each request.
+        return bool(self._allowed) or any(self._tables)
 
     def of(self, fn: Callable[..., Any]) -> Writer:
         """The writer that a function is; one that `is_homely` if no journal can refer to it.

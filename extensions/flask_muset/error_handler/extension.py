@@ -5,14 +5,13 @@ import logging
 import sys
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from flask import Flask, Request, Response, got_request_exception, request
 from werkzeug.exceptions import HTTPException, InternalServerError
-from werkzeug.wsgi import FileWrapper
 
 from flask_muset import context
 from flask_muset.configuration import redis_client
@@ -205,9 +204,9 @@ def error_body(app: Flask, exception: Exception, environ: "WSGIEnvironment") -> 
 
 def _bind(app: Flask, state: _State) -> None:
     app.register_error_handler(Exception, partial(_answer_in_flask, app, state))
-    context.install(app).add(
-        context.Rank.ERRORS, lambda wsgi_app: _Boundary(wsgi_app, app, state).__call__
-    )
+    layers = context.install(app)
+    layers.add(context.Rank.ERRORS, lambda wsgi_app: _Boundary(wsgi_app, app, state).__call__)
+    layers.guard(partial(_broken, app, state))
 
     # Both are Flask's own points of extension, methods that an application class overrides.
     trap = app.trap_http_exception
@@ -253,7 +252,7 @@ def _log_for_flask(app: Flask, state: _State, exc_info: Any) -> None:
 
 
 class _Boundary:
-    """WSGI layer for what no handler of Flask sees: escapes, gevent's Timeout, broken streams."""
+    """WSGI layer for what no handler of Flask sees: escapes and gevent's Timeout."""
 
     def __init__(self, wsgi_app: "WSGIApplication", app: Flask, state: _State) -> None:
         self._wsgi_app = wsgi_app
@@ -264,16 +263,12 @@ class _Boundary:
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
     ) -> Iterable[bytes]:
         try:
-            body = self._wsgi_app(environ, start_response)
+            return self._wsgi_app(environ, start_response)
         except BaseException as exception:
             if not self._is_ours(exception):
                 raise
             answer = _answer(self._app, self._state, exception, self._app.request_class(environ))
             return _begin(answer, environ, start_response)
-        # Lists and file wrappers cannot fail half-way, and servers treat the latter specially.
-        if isinstance(body, list | tuple | environ.get("wsgi.file_wrapper", FileWrapper)):
-            return body
-        return _Body(body, self, environ)
 
     def _is_ours(self, exception: BaseException) -> bool:
         """Flask lets exceptions through where PROPAGATE_EXCEPTIONS asks for it."""
@@ -281,16 +276,18 @@ class _Boundary:
             return not self._app.config["PROPAGATE_EXCEPTIONS"]
         return is_timeout(exception)
 
-    def broken(self, exception: BaseException, environ: "WSGIEnvironment") -> None:
-        """Record an exception of a response that had begun, and end it visibly."""
-        if not (isinstance(exception, Exception) or is_timeout(exception)):
-            return
-        try:
-            incoming = self._app.request_class(environ)
-            _record(self._app, self._state, exception, incoming, streaming=True)
-        except Exception as failure:  # noqa: BLE001 - the stream must still be ended
-            _report_failure(failure)
-        raise StreamAbortedError from exception
+
+def _broken(
+    app: Flask, state: _State, exception: BaseException, environ: "WSGIEnvironment"
+) -> None:
+    """Record an exception of a response that had begun, and end it visibly."""
+    if not (isinstance(exception, Exception) or is_timeout(exception)):
+        return
+    try:
+        _record(app, state, exception, app.request_class(environ), streaming=True)
+    except Exception as failure:  # noqa: BLE001 - the stream must still be ended
+        _report_failure(failure)
+    raise StreamAbortedError from exception
 
 
 def _begin(
@@ -314,32 +311,6 @@ def _unreadable(app: Flask, state: _State, error: MusetError) -> tuple[int, dict
     answer, made = render.answer_of(error, ()), context.new_id()
     content_type, body = render.render(answer, "", made, form, details={}, errors=())
     return answer.status, {"Content-Type": content_type, "X-Request-ID": made}, body
-
-
-def _nothing() -> None: ...
-
-
-class _Body:
-    """A response's body on its way to the server."""
-
-    __slots__ = ("_boundary", "_environ", "_inner", "close")
-
-    def __init__(
-        self, inner: Iterable[bytes], boundary: _Boundary, environ: "WSGIEnvironment"
-    ) -> None:
-        self._inner = inner
-        self._boundary = boundary
-        self._environ = environ
-        self.close = getattr(inner, "close", _nothing)
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            # Not `yield from`, which would close the body once more when a client leaves.
-            for chunk in self._inner:  # noqa: UP028
-                yield chunk
-        except BaseException as exception:
-            self._boundary.broken(exception, self._environ)
-            raise
 
 
 # --- What is done with them -----------------------------------------------------------------------

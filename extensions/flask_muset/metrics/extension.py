@@ -31,6 +31,7 @@ from flask_muset.metrics.port import keep_open
 from flask_muset.metrics.runtime import Sampled, resident_bytes
 from flask_muset.metrics.series import Families
 from flask_muset.metrics.store import Store
+from flask_muset.signals import cache_counters
 
 __all__ = [
     "Metrics",
@@ -74,6 +75,7 @@ class State:
         store = Store() if self.folder is None else _shared_store(self.folder)
         self.families = Families(store, config.namespace, config.max_series, self._archived)
         self.listeners = Listeners(self.families, self._concerns)
+        cache_counters(app.extensions).append(self.listeners.count_cache)
         self.sampled = Sampled(self._sample)
         states.add(self)
 

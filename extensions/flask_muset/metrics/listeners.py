@@ -1,19 +1,19 @@
 """What the other extensions tell, counted."""
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from flask_muset.metrics.series import Families
+from flask_muset.metrics.series import Families, Histogram
+from flask_muset.metrics.store import UNITS, Cell
 from flask_muset.signals import (
     BreakerEvent,
-    CacheEvent,
     ErrorEvent,
     LinkEvent,
     PolicyEvent,
     SharingEvent,
     WriteBehindEvent,
     breaker_changed,
-    cache_operated,
     error_handled,
     policy_decided,
     redis_link_changed,
@@ -35,12 +35,15 @@ class Listeners:
     def __init__(self, families: Families, concerns: Callable[[Any], bool]) -> None:
         self._families = families
         self._concerns = concerns
+        self._store = families.store
+        #: Bounded by the series that it stands for.
+        self._operations: dict[tuple[str, str], Cell] = {}
+        self._get_seconds: Histogram = families["cache_get_duration_seconds"].get()
         error_handled.connect(self.on_error)
         policy_decided.connect(self.on_decision)
         breaker_changed.connect(self.on_breaker)
         redis_link_changed.connect(self.on_link)
         sharing_changed.connect(self.on_sharing)
-        cache_operated.connect(self.on_cache)
         write_behind_measured.connect(self.on_write_behind)
 
     def on_error(self, sender: Any, *, event: ErrorEvent, **_: Any) -> None:
@@ -76,12 +79,32 @@ class Listeners:
             for state in ("shared", "doubt", "local"):
                 self._families["shared_state"].get(state).set(float(state == event.state))
 
-    def on_cache(self, sender: Any, *, event: CacheEvent, **_: Any) -> None:
-        """Count an operation on the cache, and how long a read took."""
-        if self._concerns(sender):
-            self._families["cache_operations_total"].add(1, event.operation, event.status)
-            if event.operation == "get" and event.duration_s is not None:
-                self._families["cache_get_duration_seconds"].observe(event.duration_s)
+    def count_cache(self, operation: str, status: str, duration_s: float | None) -> None:
+        """Count an operation on the app's cache, and how long a read took.
+
+        Written out like what is counted for every request: a call costs as much as the update.
+        """
+        key = operation, status
+        number = self._operations.get(key) or self._operation(key)
+        store = self._store
+        if operation != "get" or duration_s is None:
+            store.add(number, 1.0)
+            return
+        seconds = self._get_seconds
+        total, bucket = seconds.total, seconds.buckets[bisect_left(seconds.bounds, duration_s)]
+        exact = int(duration_s * UNITS) / UNITS
+        with store._lock:
+            if number.view is None or total.view is None or bucket.view is None:
+                store.bind(number, total, bucket)
+            number.view[number.index] += 1.0
+            total.view[total.index] += exact
+            bucket.view[bucket.index] += 1.0
+
+    def _operation(self, key: tuple[str, str]) -> Cell:
+        number, has_own = self._families["cache_operations_total"].find(key)
+        if has_own:
+            self._operations[key] = number.cell
+        return number.cell  # type: ignore[no-any-return]
 
     def on_write_behind(self, sender: Any, *, event: WriteBehindEvent, **_: Any) -> None:
         """Show how much waits to be written behind."""

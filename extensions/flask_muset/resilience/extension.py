@@ -1,5 +1,6 @@
 """Resilience: binds the parts of this folder to a Flask app."""
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
 from click import Group
-from flask import Flask, Request, Response, request
+from flask import Flask, Request, request
 from werkzeug.exceptions import (
     BadRequest,
     GatewayTimeout,
@@ -458,8 +459,6 @@ def _guard_requests(
             refuses=config.max_concurrent_requests_mode == "enforce",
         )
     timed = config.request_timeout_mode != "off"
-    if timed:
-        app.before_request(partial(_say_once_what_cannot_be_cut, app, []))
     if gate is not None or timed:
         context.install(app).add(
             context.Rank.LIMITS,
@@ -471,6 +470,7 @@ def _guard_requests(
                     timeout_s=config.request_timeout_s if timed else 0.0,
                     timeout_mode=config.request_timeout_mode,
                     exempt=config.exempt_paths,
+                    begin=partial(_say_what_cannot_be_cut, app),
                     refuse=partial(_answer, app),
                     tell=partial(_tell, app),
                 ).__call__
@@ -480,18 +480,16 @@ def _guard_requests(
         limiter = RateLimit(config.rate_limit, _PERIOD_S)
         if redis is not None:
             limiter.share(redis, "requests")
-        app.before_request(partial(_limit_rate, app, config, limiter, key_of))
-        app.after_request(partial(_describe_limit, limiter))
+        app.before_request(_rate_limiter(app, config, limiter, key_of))
+        context.install(app).describe(partial(_describe_limit, _policy_field(limiter)))
 
 
-def _say_once_what_cannot_be_cut(app: Flask, said: list[bool]) -> None:
-    if not said:
-        said.append(True)
-        if not deadline.can_cut():
-            app.logger.info(
-                "no request can be cut off in this worker, because gevent does not run it: one "
-                "that takes longer than its deadline is answered late and counted as an overrun"
-            )
+def _say_what_cannot_be_cut(app: Flask) -> None:
+    if not deadline.can_cut():
+        app.logger.info(
+            "no request can be cut off in this worker, because gevent does not run it: one that "
+            "takes longer than its deadline is answered late and counted as an overrun"
+        )
 
 
 def _tell(app: Flask, part: str, decision: Decision) -> None:
@@ -499,20 +497,29 @@ def _tell(app: Flask, part: str, decision: Decision) -> None:
         context.tell(policy_decided, app, PolicyEvent("request", part, decision))
 
 
-def _limit_rate(
+def _rate_limiter(
     app: Flask, config: Config, limiter: RateLimit, key_of: RateLimitKey | None
-) -> None:
-    """Count the request against its caller's limit."""
-    if request.path in config.exempt_paths:
-        return
-    key = None if key_of is None else key_of(request._get_current_object())  # type: ignore[attr-defined]
-    if key is UNLIMITED:
-        return
-    hit = limiter.hit(f"address {network_of(request.remote_addr)}" if key is None else f"key {key}")
-    # Not in `g`, which may outlive the request where an app context is open already.
-    request.environ[_HIT] = hit
-    if hit.allowed:
-        return
+) -> Callable[[], None]:
+    """What counts a request against its caller's limit."""
+    exempt, hit_by = config.exempt_paths, limiter.hit
+
+    def limit() -> None:
+        incoming: Request = request._get_current_object()  # type: ignore[attr-defined]
+        if incoming.path in exempt:
+            return
+        key = None if key_of is None else key_of(incoming)
+        if key is UNLIMITED:
+            return
+        hit = hit_by(f"address {network_of(incoming.remote_addr)}" if key is None else f"key {key}")
+        # Not in `g`, which may outlive the request where an app context is open already.
+        incoming.environ[_HIT] = hit
+        if not hit.allowed:
+            _over_limit(app, config, limiter, hit)
+
+    return limit
+
+
+def _over_limit(app: Flask, config: Config, limiter: RateLimit, hit: Hit) -> None:
     if config.rate_limit_mode == "observe":
         _tell(app, "rate_limit", Decision.WOULD_REJECT)
         return
@@ -533,15 +540,18 @@ def network_of(address: str | None) -> str:
         return address
 
 
-def _describe_limit(limiter: RateLimit, response: Response) -> Response:
-    """The fields of draft-ietf-httpapi-ratelimit-headers."""
-    hit: Hit | None = request.environ.get(_HIT)
+def _policy_field(limiter: RateLimit) -> tuple[str, str]:
+    return "RateLimit-Policy", f'"default";q={limiter.limit};w={limiter.period:.0f}'
+
+
+def _describe_limit(
+    policy: tuple[str, str], environ: "WSGIEnvironment", fields: list[tuple[str, str]]
+) -> None:
+    """Add the fields of draft-ietf-httpapi-ratelimit-headers."""
+    hit: Hit | None = environ.get(_HIT)
     if hit is not None:
-        period, limit = limiter.period, limiter.limit
-        response.headers["RateLimit-Policy"] = f'"default";q={limit};w={period:.0f}'
         wait = hit.retry_after or hit.reset_after
-        response.headers["RateLimit"] = f'"default";r={hit.remaining};t={-int(-wait // 1)}'
-    return response
+        fields += policy, ("RateLimit", f'"default";r={hit.remaining};t={math.ceil(wait)}')
 
 
 def _has_error_handler(app: Flask) -> bool:

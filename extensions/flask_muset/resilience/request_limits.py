@@ -1,12 +1,12 @@
 """What holds for a whole request: its deadline, and how many there are at once. Knows WSGI only."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from werkzeug.wsgi import FileWrapper
-
 from flask_muset.clock import SYSTEM
+from flask_muset.context import is_whole
 from flask_muset.deadline import Scope
 from flask_muset.errors import (
     MusetError,
@@ -28,8 +28,12 @@ _MAX_RETRY_AFTER_S = 5
 _HEADER = "X-Request-Timeout-Ms"
 _MAX_HEADER_LENGTH = 12
 
+_REFUSED = Verdict.REFUSED
+
 #: Tells a decision: its part and what it was.
 Tell = Callable[[str, Decision], None]
+#: The first bytes of a body, if it has any, and the rest of them.
+_Begun = tuple[Sequence[bytes], Iterator[bytes]]
 
 
 class RequestLimits:
@@ -42,6 +46,7 @@ class RequestLimits:
         timeout_s: The deadline, 0 for none.
         timeout_mode: `enforce` or `observe`.
         exempt: Paths that are passed on as they are.
+        begin: Is called with the first request that has a deadline.
         refuse: Answers a request with an error.
         tell: Tells decisions.
     """
@@ -55,6 +60,7 @@ class RequestLimits:
         timeout_s: float,
         timeout_mode: str,
         exempt: Paths,
+        begin: Callable[[], None],
         refuse: "Callable[[MusetError, WSGIEnvironment, StartResponse], Iterable[bytes]]",
         tell: Tell,
     ) -> None:
@@ -64,6 +70,7 @@ class RequestLimits:
         self._timeout_s = timeout_s
         self._timeout_mode = timeout_mode
         self._exempt = exempt
+        self._begin: Callable[[], None] | None = begin
         self._refuse = refuse
         self._tell = tell
 
@@ -81,8 +88,8 @@ class RequestLimits:
             # The worker counts, and gives the place up when it is done.
             verdict, depart = arrival.verdict, None
         else:
-            verdict, depart = gate.arrive(environ.get("PATH_INFO", "")), gate.depart
-        if verdict is Verdict.REFUSED:
+            verdict, depart = gate.admit(), gate.depart
+        if verdict is _REFUSED:
             return self._shed(gate, environ, start_response)
         try:
             if self._gate_mode == "observe" and gate.in_flight > gate.limit:
@@ -114,34 +121,75 @@ class RequestLimits:
         if not self._timeout_s:
             body = self._wsgi_app(environ, start_response)
             return body if depart is None else _Body(body, None, depart)
+        if self._begin is not None:
+            begin, self._begin = self._begin, None
+            begin()
         held = _Held(start_response)
         try:
-            seconds, by_caller = self._seconds(environ)
-            time = _Time(began, seconds, self._timeout_mode, self._tell, counts=not by_caller)
-            body = time.run(lambda: self._wsgi_app(environ, held))
-            if isinstance(body, list | tuple | environ.get("wsgi.file_wrapper", FileWrapper)):
-                # Whole, or a file that servers send unread if it comes as it is.
-                held.release()
-                return body if depart is None else _Body(body, None, depart)
-            chunks = iter(body)
-            try:
-                first = time.run(lambda: next(chunks, None))
-            except BaseException:
-                _close(body)
-                raise
+            body, begun = self._timed(environ, held, began)
         except _OwnError as own:
             answer = self._refuse(own.error, environ, start_response)
             if depart is not None:
                 depart()
             return answer
         held.release()
-        return _Body(body, (first, chunks), depart)
+        return body if begun is None and depart is None else _Body(body, begun, depart)
 
-    def _seconds(self, environ: "WSGIEnvironment") -> tuple[float, bool]:
-        """The time that a request has, and whether its caller has lowered it."""
-        text = environ.get("HTTP_X_REQUEST_TIMEOUT_MS")
-        if text is None:
-            return self._timeout_s, False
+    def _timed(
+        self, environ: "WSGIEnvironment", held: "_Held", began: float
+    ) -> tuple[Iterable[bytes], _Begun | None]:
+        """Make the answer up to its first bytes within the request's time.
+
+        Raises:
+            _OwnError: The time is up, or what the caller says of it cannot be read.
+        """
+        asked = environ.get("HTTP_X_REQUEST_TIMEOUT_MS")
+        seconds, by_caller = (self._timeout_s, False) if asked is None else self._asked(asked)
+        at = began + seconds
+        if self._timeout_mode == "observe":
+            answer = self._first(environ, held)
+            if SYSTEM.now() > at:
+                self._tell("deadline", Decision.WOULD_REJECT)
+            return answer
+        left_s = at - SYSTEM.now()
+        if left_s <= 0:
+            raise self._too_late(seconds, by_caller=by_caller)
+        # A time that the caller chose is no fault of ours.
+        scope = Scope(left_s, counts=not by_caller)
+        scope.enter()
+        try:
+            answer = self._first(environ, held)
+        except BaseException as error:
+            if scope.leave(error)[0] is not None:
+                raise self._too_late(seconds, by_caller=by_caller) from error
+            raise
+        if scope.leave()[1]:
+            self._tell("deadline", Decision.OVERRUN)
+        return answer
+
+    def _too_late(self, seconds: float, *, by_caller: bool) -> "_OwnError":
+        self._tell("deadline", Decision.TIMED_OUT)
+        error = OperationTimeoutError(f"the request was not done within {seconds:g} s")
+        error.refusal = by_caller
+        return _OwnError(error)
+
+    def _first(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> tuple[Iterable[bytes], _Begun | None]:
+        """The body, and its first bytes with the rest of them if it is one that has to be begun."""
+        body = self._wsgi_app(environ, start_response)
+        if is_whole(body, environ):
+            return body, None
+        chunks = iter(body)
+        try:
+            first = next(chunks, None)
+        except BaseException:
+            _close(body)
+            raise
+        return body, (() if first is None else (first,), chunks)
+
+    def _asked(self, text: str) -> tuple[float, bool]:
+        """The time that a request has by its header, and whether its caller has lowered it."""
         well_formed = text.isascii() and text.isdigit() and len(text) <= _MAX_HEADER_LENGTH
         if self._timeout_mode == "observe" and not (well_formed and int(text)):
             self._tell("deadline", Decision.WOULD_REJECT)
@@ -188,85 +236,23 @@ class _Held:
         return self._start(*self._call)
 
 
-class _Time:
-    """The deadline of one request, from its arrival to its first bytes."""
-
-    __slots__ = ("_at", "_counts", "_mode", "_seconds", "_tell", "_told")
-
-    def __init__(
-        self, began: float, seconds: float, mode: str, tell: Tell, *, counts: bool
-    ) -> None:
-        self._seconds = seconds
-        self._mode = mode
-        self._tell = tell
-        self._counts = counts
-        self._told = False
-        self._at = began + seconds
-
-    def run(self, work: Callable[[], Any]) -> Any:
-        """Do a part of the work within what is left.
-
-        Raises:
-            _OwnError: The time is up.
-        """
-        if self._mode != "enforce":
-            result = work()
-            self._tell_late(Decision.WOULD_REJECT)
-            return result
-        left_s = self._at - SYSTEM.now()
-        if left_s <= 0 and not self._told:
-            raise self._too_late()
-        scope = Scope(max(0.0, left_s), counts=self._counts)
-        scope.enter()
-        try:
-            result = work()
-        except BaseException as error:
-            if scope.leave(error)[0] is not None:
-                raise self._too_late() from error
-            raise
-        if scope.leave()[1]:
-            self._tell_late(Decision.OVERRUN)
-        return result
-
-    def _too_late(self) -> _OwnError:
-        self._tell("deadline", Decision.TIMED_OUT)
-        error = OperationTimeoutError(f"the request was not done within {self._seconds:g} s")
-        # A time that the caller chose is no fault of ours.
-        error.refusal = not self._counts
-        return _OwnError(error)
-
-    def _tell_late(self, decision: Decision) -> None:
-        if SYSTEM.now() > self._at and not self._told:
-            self._told = True
-            self._tell("deadline", decision)
-
-
 class _Body:
     """A response on its way to the server."""
 
-    __slots__ = ("_begun", "_depart", "_inner")
+    __slots__ = ("_chunks", "_depart", "_inner")
 
     def __init__(
         self,
         inner: Iterable[bytes],
-        begun: tuple[bytes | None, Iterator[bytes]] | None,
+        begun: _Begun | None,
         depart: Callable[[], None] | None,
     ) -> None:
         self._inner = inner
-        self._begun = begun
+        self._chunks = inner if begun is None else chain(*begun)
         self._depart = depart
 
     def __iter__(self) -> Iterator[bytes]:
-        if self._begun is None:
-            chunks = iter(self._inner)
-        else:
-            first, chunks = self._begun
-            if first is None:
-                return
-            yield first
-        # Not `yield from`, which would close the body once more when a client leaves.
-        for chunk in chunks:  # noqa: UP028
-            yield chunk
+        return iter(self._chunks)
 
     def close(self) -> None:
         """Close the body and give the request's place up."""
@@ -282,7 +268,8 @@ class _Body:
 
     def __del__(self) -> None:
         # Test clients drop responses without closing them.
-        self._leave()
+        if self._depart is not None:
+            self._leave()
 
 
 def _close(body: Iterable[bytes]) -> None:
