@@ -199,6 +199,7 @@ def test_a_delete_of_a_key_without_an_owner_is_the_caches_own(shop):
     assert (shop.source, shop.calls) == ({}, [("page", None)])
 
 
+@unowned
 def test_a_journal_that_goes_away_during_a_delete(shop, monkeypatch):
     """The key is forgotten by the cache, its caller is told that nobody knows more."""
 
