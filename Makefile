@@ -5,7 +5,7 @@ DEMO_PORT ?= 8100
 PIN := -c constraints.txt
 SOURCES := setup.cfg extensions/setup.cfg constraints.txt Makefile
 
-.PHONY: run demo test check dist bench prove clean docs generate
+.PHONY: run demo test check dist bench load prove clean docs generate
 
 run: .venv/.run
 	@exec $(BIN)/muset serve
@@ -48,6 +48,10 @@ bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/hitrate.py
 	.venv-bench/bin/python benchmarks/stampede.py --rounds 3
 
+# A stack of its own, and 100 users, 1,100 requests a second and 128 at once: less than 3 minutes.
+load: .venv/.load
+	@exec $(BIN)/python locust/run.py
+
 generate: .venv/.run
 	$(BIN)/python deploy/generate.py
 
@@ -69,6 +73,10 @@ clean:
 
 .venv/.test: $(SOURCES) | .venv/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check $(PIN) -e './extensions[test]' -e '.[test]'
+	@touch $@ .venv/.run
+
+.venv/.load: $(SOURCES) | .venv/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check $(PIN) -e ./extensions -e '.[load]'
 	@touch $@ .venv/.run
 
 .venv/.check: $(SOURCES) | .venv/bin/python

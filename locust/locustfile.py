@@ -28,6 +28,7 @@ from locust.contrib.fasthttp import FAILURE_EXCEPTIONS, FastHttpSession
 from locust.env import Environment
 from locust.exception import CatchResponseError
 from locust.runners import LocalRunner
+
 from shapes import make_shape, restore
 from tally import Api, ApiError, Tally
 from verdict import Row, Scrapes, add_to_html, judge_counts, judge_run, show, write_rows
@@ -146,9 +147,7 @@ class MusetUser(FastHttpUser):
         """Read one thing and count how long it took."""
         with exchange(self.client, "GET", path, name) as response:
             if response is not None:
-                Current.run.tally.times["api"].append(
-                    response.request_meta["response_time"] / 1000
-                )
+                Current.run.tally.times["api"].append(response.request_meta["response_time"] / 1000)
 
 
 class Reader(MusetUser):
@@ -344,7 +343,7 @@ def begin(environment: Environment, **_: Any) -> None:
         seed(api, run)
         run.seeded = api.scrape()
     except ApiError as error:
-        _log.error("%s", error)  # noqa: TRY400 - the text says it all
+        _log.error("%s", error)
         environment.process_exit_code = 2
         environment.runner.quit()
         return
@@ -365,7 +364,7 @@ def end(environment: Environment, **_: Any) -> None:
     try:
         judge(api, run, has_faults=has_faults)
     except ApiError as error:
-        _log.error("%s", error)  # noqa: TRY400 - the text says it all
+        _log.error("%s", error)
         environment.process_exit_code = 2
         return
     is_bad = any(row.is_bad for row in run.rows)

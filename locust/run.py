@@ -264,7 +264,10 @@ def main() -> int:
     given = _parse()
     signal.signal(signal.SIGTERM, _stop)
     try:
-        with tempfile.TemporaryDirectory(prefix="muset-load-") as folder, running(Path(folder)) as s:
+        with (
+            tempfile.TemporaryDirectory(prefix="muset-load-") as folder,
+            running(Path(folder)) as s,
+        ):
             print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
             for name, value in s.settings.items():
                 print(f"  {name}={value}", flush=True)

@@ -1,4 +1,4 @@
-"""What a load run needs, on free ports of this machine: a scripted model, Redis, the service, nginx.
+"""What a load run needs, on free ports: a scripted model, Redis, the service and nginx.
 
 It is what a small production looks like: two workers, Redis, the shipped configuration of nginx.
 Everything ends with the block that it was started for.
@@ -98,7 +98,9 @@ class Stack:
             "LOG_FILE": str(self.folder / "service.log"),
             **self.settings,
         }
-        return _start([sys.executable, "-m", "muset.cli", "serve"], self.folder / "service.txt", env)
+        return _start(
+            [sys.executable, "-m", "muset.cli", "serve"], self.folder / "service.txt", env
+        )
 
     def nginx(self) -> "subprocess.Popen[bytes]":
         """Start nginx with the shipped files, but for where it listens and passes on to."""

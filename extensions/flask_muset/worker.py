@@ -83,7 +83,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         if gate is None:
             self._line.wait()
             try:
-                return super().handle_request(listener_name, req, sock, addr)
+                return self._serve(listener_name, req, sock, addr)
             finally:
                 sock.settimeout(None)  # the wait for the next request has its own
         verdict = gate.arrive(req.path)
@@ -91,12 +91,21 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         try:
             if verdict is load.Verdict.ADMITTED:
                 self._line.wait()
-            return super().handle_request(listener_name, req, sock, addr)
+            return self._serve(listener_name, req, sock, addr)
         finally:
             sock.settimeout(None)
             load.arrived.set(None)
             if verdict is load.Verdict.ADMITTED:
                 gate.depart()
+
+    def _serve(self, listener_name: Any, req: Any, sock: Any, addr: Any) -> Any:
+        joined = _Joined(sock)
+        try:
+            return super().handle_request(listener_name, req, joined, addr)
+        finally:
+            # A closed connection has been dealt with by gunicorn.
+            with contextlib.suppress(OSError):
+                joined.flush()
 
     def timeout_ctx(self) -> "_Waiting":
         """What a connection waits in for its next request.
@@ -132,6 +141,39 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         greenlet = self._idle.get(waiting)
         if greenlet is not None:
             greenlet.throw(waiting)
+
+
+class _Joined:
+    """A socket for one answer, whose head goes out together with the first of its body.
+
+    gunicorn sends them one after the other, which wakes whoever reads them twice. It sends the head
+    when it has something to send behind it, or at the end, so nothing waits here.
+    """
+
+    def __init__(self, sock: Any) -> None:
+        self._sock = sock
+        self._head: bytes | None = None
+        self._is_begun = False
+
+    def sendall(self, data: bytes) -> None:
+        """Send, but for the head."""
+        if not self._is_begun:
+            self._is_begun, self._head = True, data
+            return
+        if self._head is not None:
+            data, self._head = self._head + data, None
+        self._sock.sendall(data)
+
+    def flush(self) -> None:
+        """Send the head of an answer that has no body."""
+        if self._head is not None:
+            head, self._head = self._head, None
+            self._sock.sendall(head)
+
+    def __getattr__(self, name: str) -> Any:
+        """Anything else is the socket's own, such as sending a file."""
+        self.flush()
+        return getattr(self._sock, name)
 
 
 class _Line:

@@ -68,7 +68,7 @@ class _Plugin(FlaskPlugin):
     def request_validation(self, request: Any, *models: Any) -> None:
         """Look at what is sent, where a route says what it must be."""
         if any(models):
-            super().request_validation(request, *models)
+            super().request_validation(request, *models)  # type: ignore[no-untyped-call]
 
     def validate_response(self, resp: Any, *_: Any) -> tuple[Any, None]:
         """Leave answers alone: tests compare them with the document, for all routes.
