@@ -43,7 +43,7 @@ SHAPE = os.environ.get("LOAD_SHAPE") or ""
 #: What is read, and how unevenly: the second of them half as often as the first, and so on.
 USERS, DOCUMENTS, SEARCHES, QUESTIONS, ZIPF = 200, 50, 100, 50, 1.1
 #: Requests a second that come whatever has become of those before.
-PROBE_RATE = 20
+PROBE_RATE = float(os.environ.get("LOAD_PROBE_RATE") or 20)
 #: Seconds that users have to end what they have begun, so that both sides count the same.
 STOP_S = 45
 
@@ -113,7 +113,7 @@ def _count_error(tally: Tally, response: Any, name: str) -> None:
     except (ValueError, KeyError, TypeError, *FAILURE_EXCEPTIONS):
         error = "none of the service's" if status else "no answer"
     # A worker that has too much to do looks at no question.
-    if name == ASK_ROUTE and status in (502, 503, 504) and error != "OverloadedError":
+    if name == ASK_ROUTE and status in (500, 502, 503, 504) and error != "OverloadedError":
         tally.questions += 1
     if status in (429, 503) and headers.get("Retry-After"):
         tally.refused += 1
@@ -324,30 +324,48 @@ def probe(environment: Environment, run: Run) -> None:
 
 @events.init.add_listener
 def check(environment: Environment, runner: Any, **_: Any) -> None:
-    """Refuse what cannot work before anything is sent."""
+    """Refuse what cannot work before anything is sent; without the page, seed."""
     if not KEY:
         sys.exit("MUSET_KEY must be a key of an admin, as `muset keys create` makes them.")
     if not isinstance(runner, LocalRunner):
         sys.exit("Run Locust as one process: the counts of several cannot be compared.")
     environment.stop_timeout = environment.stop_timeout or STOP_S
+    if environment.parsed_options is not None and environment.parsed_options.headless:
+        # Now, so that --run-time is all for the users.
+        try:
+            Current.run = prepare(environment)
+        except ApiError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+
+
+def prepare(environment: Environment) -> Run:
+    """Seed, and remember what was counted before.
+
+    Raises:
+        ApiError: The service cannot be used so.
+    """
+    run = Run()
+    api = Api(environment.host or HOST, KEY, run.tally)
+    run.before = api.scrape()
+    run.ledger = api.usage()
+    seed(api, run)
+    run.seeded = api.scrape()
+    return run
 
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
-    """Seed, and remember what was counted before."""
-    run = Current.run = Run()
-    api = Api(environment.host or HOST, KEY, run.tally)
-    try:
-        run.before = api.scrape()
-        run.ledger = api.usage()
-        seed(api, run)
-        run.seeded = api.scrape()
-    except ApiError as error:
-        _log.error("%s", error)
-        environment.process_exit_code = 2
-        environment.runner.quit()
-        return
-    run.probe = gevent.spawn(probe, environment, run)
+    """Start the constant rate; a run that the page has started is seeded first."""
+    if Current.run.probe is not None or not Current.run.seeded:
+        try:
+            Current.run = prepare(environment)
+        except ApiError as error:
+            _log.error("%s", error)
+            environment.process_exit_code = 2
+            environment.runner.quit()
+            return
+    Current.run.probe = gevent.spawn(probe, environment, Current.run)
 
 
 @events.test_stop.add_listener

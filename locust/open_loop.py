@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["Plan", "Result", "percentile", "run"]
 
 #: Seconds after the last request was due that answers are waited for.
-_PATIENCE_S = 30.0
+_PATIENCE_S = 20.0
 _LEAD_S = 0.05
 
 
@@ -58,7 +58,8 @@ class Result:
     """What has come of it; times are in seconds.
 
     Attributes:
-        statuses: Answers by status; `lost` for those that never came or were not whole.
+        statuses: Answers by status; `lost` for those that never came or were not whole, `unsent`
+            for requests that no connection was free for to the end.
         unmarked: Answers with 200 that lack the marker.
         rate: Answers a second, from the first request's time to the last answer.
         p50: Of the times from when a request was due to the end of its answer.
@@ -100,7 +101,7 @@ class _Connection:
 
     def send(self, request: bytes, due: float) -> None:
         """Send a request; it fits into the buffer of the socket, which is empty."""
-        self.due, self._data = due, b""
+        self.due = due
         if self.sock.send(request) != len(request):
             raise ValueError("a request is larger than the buffer of a socket; make it smaller.")
 
@@ -108,7 +109,10 @@ class _Connection:
         """The whole answer once it is there; empty if the connection has ended."""
         piece = self.sock.recv(262_144)
         self._data += piece
-        return self._data if not piece or _is_whole(self._data) else None
+        if piece and not _is_whole(self._data):
+            return None
+        data, self._data = self._data, b""
+        return data
 
 
 def _is_whole(data: bytes) -> bool:
@@ -158,7 +162,13 @@ class _Run:
             if not self._idle:
                 self._starved = now
                 return 1.0
-            self._idle.popleft().send(self._order[self._next], due)
+            connection = self._idle.popleft()
+            try:
+                connection.send(self._order[self._next], due)
+            except ConnectionError:
+                # The server has closed it since the last answer.
+                self._replace(connection)
+                continue
             if due <= self._starved:
                 self._waited += 1
             else:
@@ -187,9 +197,12 @@ class _Run:
             self._idle.append(connection)
             return
         # The server has closed it, in the middle of an answer or between two.
+        self._idle = deque(one for one in self._idle if one is not connection)
+        self._replace(connection)
+
+    def _replace(self, connection: _Connection) -> None:
         del self._all[connection.sock.fileno()]
         connection.sock.close()
-        self._idle = deque(one for one in self._idle if one is not connection)
         self._connect()
 
     def run(self) -> Result:
@@ -202,10 +215,13 @@ class _Run:
             for fd, _ in self._poll.poll(wait_s):
                 self._read(self._all[fd])
         ended = time.monotonic()
-        if self._over < plan.count:
-            self._statuses["lost"] += plan.count - self._over
+        for connection in self._all.values():
+            connection.sock.close()
+        self._poll.close()
+        self._statuses["lost"] += self._next - self._over
+        self._statuses["unsent"] += plan.count - self._next
         return Result(
-            statuses=dict(self._statuses),
+            statuses=dict(+self._statuses),
             unmarked=self._unmarked,
             rate=self._over / (ended - began),
             p50=percentile(self._times, 0.5),

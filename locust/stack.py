@@ -17,9 +17,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
-from muset.testing.upstream import Upstream
+from muset.testing.upstream import Fault, Upstream
 
-__all__ = ["ROOT", "MissingError", "Stack", "blank_server", "free_port", "running"]
+__all__ = ["ROOT", "Fault", "MissingError", "Stack", "blank_server", "free_port", "running"]
 
 ROOT = Path(__file__).resolve().parents[1]
 _SHIPPED = ROOT / "deploy" / "nginx"

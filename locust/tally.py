@@ -11,6 +11,9 @@ from urllib.parse import urlsplit
 
 __all__ = ["Api", "ApiError", "Tally"]
 
+#: How long a connection is used again.
+_KEPT_S = 2.0
+
 
 class ApiError(Exception):
     """A call that the run itself needs was refused; the text says what to do."""
@@ -76,21 +79,28 @@ class Api:
         self._address, self._prefix = parts.netloc, parts.path.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"}
         self._tally = tally
+        self._kept: HTTPConnection | None = None
+        self._used = 0.0
+
+    def _connection(self) -> HTTPConnection:
+        """The kept one, unless the server may have closed it by now."""
+        if self._kept is None or time.monotonic() > self._used + _KEPT_S:
+            self._kept = self._make(self._address, timeout=60)
+        return self._kept
 
     def _send(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         headers = dict(self._headers)
         data = None
         if body is not None:
             data, headers["Content-Type"] = json.dumps(body), "application/json"
-        connection = self._make(self._address, timeout=30)
+        connection = self._connection()
         try:
             connection.request(method, self._prefix + path, data, headers)
             answer = connection.getresponse()
             text = answer.read()
         except OSError as error:
             raise ApiError(f"the service at {self._address} does not answer ({error}).") from None
-        finally:
-            connection.close()
+        self._used = time.monotonic()
         if path.startswith("/api/"):
             self._tally.count(answer.status)
         return answer.status, text

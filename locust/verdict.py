@@ -117,7 +117,7 @@ def judge_run(tally: Tally, scrapes: Scrapes, *, has_faults: bool = False) -> li
     """
     rows = [
         _latency("API, users in a loop", _of("api"), tally.times["api"]),
-        _latency("API, 20 a second, from when due", _of("api"), tally.times["probe"]),
+        _latency("API, a constant rate, from when due", _of("api"), tally.times["probe"]),
         _latency("AI, as users see it", _of("ai"), tally.times["ai"]),
     ]
     for found in judge(scrapes.after, scrapes.before):

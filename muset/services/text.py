@@ -40,8 +40,6 @@ _ABBREVIATIONS = frozenset(
 )  # fmt: skip
 _WORD = re.compile(r"[^\W_]+(?:[\u0300-\u036f]+[^\W_]*)*")
 
-_stem = snowballstemmer.stemmer("porter").stemWord
-
 _POSSESSIVE = re.compile(r"(?<=\w)['’]s\b")  # noqa: RUF001
 #: Asks for an age, and texts speak of one with that word.
 _HOW_OLD = re.compile(r"\bhow\s+old\b", re.IGNORECASE)
@@ -194,7 +192,8 @@ def _term(word: str) -> str:
     plain = "".join(c for c in decomposed if not unicodedata.combining(c))
     if not plain.isascii() or len(plain) <= 2:
         return plain
-    stem = str(_stem(plain))
+    # A stemmer of its own: it keeps its word in itself, and native threads come here at once.
+    stem = str(snowballstemmer.stemmer("porter").stemWord(plain))
     # FTS5 has the later rule of the algorithm's author that takes -logi to -log.
     return stem[:-1] if stem.endswith("logi") else stem
 

@@ -1,6 +1,9 @@
 """Search: passages verbatim at their offsets, any text legal, each asked once."""
 
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import pytest
 
@@ -111,3 +114,21 @@ def test_a_deleted_document_is_never_found_again(client, member, documents):
     body = {"title": "Ants", "text": TEXTS["Ants"]}
     again = client.post("/api/v1/documents", json=body, headers=member).json["id"]
     assert found() == ("MISS", {again})
+
+
+def test_native_threads_make_the_same_terms():
+    """SQLite works in native threads, which stem words at the same time."""
+    from muset.services import text
+
+    starts, ends = ("relat", "nation", "hop", "electr", "adjust"), ("ional", "ing", "icity", "able")
+    words = ["".join(parts) for parts in product("bcdfg", starts, ends)]
+    made = text._term.__wrapped__
+    expected = [made(word) for word in words]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda _: [made(word) for word in words], range(16)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(each == expected for each in found)

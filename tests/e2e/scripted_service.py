@@ -1,0 +1,112 @@
+"""A stand-in for the service that is as slow, or counts as badly, as a test wants it to."""
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_USER = re.compile(r"/api/v1/users/\d+")
+_EVENTS = (
+    'event: meta\ndata: {"model": "m"}\n\n'
+    'event: delta\ndata: {"text": "1,500."}\n\n'
+    'event: usage\ndata: {"input_tokens": 3, "output_tokens": 2}\n\n'
+    'event: done\ndata: {"status": "answered"}\n\n'
+)
+
+
+class ScriptedService:
+    """Answers what a load run asks, in threads of this process.
+
+    Args:
+        delay_s: Before a user is answered.
+        forgets: Whether every tenth question leaves no row in the ledger.
+        miscounts: Whether every tenth answer is not counted.
+    """
+
+    def __init__(self, *, delay_s=0.0, forgets=False, miscounts=False):
+        self.delay_s, self.forgets, self.miscounts = delay_s, forgets, miscounts
+        self.lock = threading.Lock()
+        self.statuses, self.questions, self.rows, self.users, self.seen = Counter(), 0, 0, [], 0
+        service = self
+
+        class Handler(_Handler):
+            owner = service
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def count(self, path, status):
+        with self.lock:
+            self.seen += 1
+            if path.startswith("/api/") and not (self.miscounts and self.seen % 10 == 0):
+                self.statuses[status] += 1
+
+    def asked(self):
+        with self.lock:
+            self.questions += 1
+            self.rows += not (self.forgets and self.questions % 2 == 0)
+
+    def metrics(self):
+        with self.lock:
+            lines = [
+                f'muset_http_requests_total{{endpoint="/api/v1/x",method="GET",status_code="{s}"}} '
+                f"{n}\n"
+                for s, n in self.statuses.items()
+            ]
+        return "# TYPE muset_http_requests_total counter\n" + "".join(lines)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    owner: ScriptedService
+
+    def log_message(self, *_):
+        pass
+
+    def _send(self, body, status=200, kind="application/json", **headers):
+        data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
+        self.owner.count(self.path, status)
+        self.send_response(status)
+        for name, value in {"Content-Type": kind, "Content-Length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def do_GET(self):
+        path = self.path.partition("?")[0]
+        if path == "/metrics":
+            self._send(self.owner.metrics(), kind="text/plain")
+        elif path == "/api/v1/usage":
+            rows = self.owner.rows
+            items = [{"requests": rows, "input_tokens": 3 * rows, "output_tokens": 2 * rows}]
+            self._send({"items": items})
+        elif path == "/api/v1/users":
+            items = [{"id": n + 1, "email": email} for n, email in enumerate(self.owner.users)]
+            self._send({"items": items, "next_cursor": None})
+        else:
+            if _USER.fullmatch(path):
+                time.sleep(self.owner.delay_s)
+            self._send({"email": "somebody"})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path != "/api/v1/ask":
+            if "email" in body:
+                self.owner.users.append(body["email"])
+            self._send({"id": 1}, 201)
+            return
+        self.owner.asked()
+        if self.headers["Accept"] == "text/event-stream":
+            self._send(_EVENTS, kind="text/event-stream")
+        else:
+            self._send({"usage": {"input_tokens": 3, "output_tokens": 2}, "cached": False})
