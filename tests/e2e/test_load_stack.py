@@ -1,12 +1,15 @@
-"""The stack of a load run is its own."""
+"""The stack of a load run is its own, and nothing of it is left."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-sys.path.append(str(Path(__file__).parents[2] / "locust"))
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "locust"))
 
-import stack
+import stack  # noqa: E402 - it is no package
 
 
 def test_settings_of_another_deployment_stay_out(tmp_path, monkeypatch):
@@ -23,3 +26,27 @@ def test_settings_of_another_deployment_stay_out(tmp_path, monkeypatch):
     assert given["RATE_LIMIT_REQUESTS_PER_MINUTE"] == "600000"
     assert (given["MAX_RETRIES"], given["REDIS_URL"]) == ("2", "redis://127.0.0.1:6379/0")
     assert given["PATH"]
+
+
+LEFT = """
+import subprocess, sys
+import run
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE).stdout.readline()
+subprocess.Popen([sys.executable, "-c", ""])
+before = run._children()
+run._END_S = 1.0
+run.end_what_is_left()
+print(len(before), run._children())
+"""
+
+
+def test_what_nobody_has_the_number_of_ends():
+    """A process that a signal has cut off from whoever started it, a stubborn one, a dead one."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEFT], cwd=ROOT / "locust",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "extensions")])},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.split(maxsplit=1) == ["3", "set()\n"], done.stderr
