@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -33,6 +34,8 @@ AT_ONCE, PER_SECOND = (int(o.limit) for o in OBJECTIVES if o.kind is Kind.OFFERE
 RATE, CONNECTIONS, STREAMS = 1.1 * PER_SECOND, 128, 128
 #: What the generator may take of one core, and how many times the rate it must be able to send.
 MAX_CPU, SPARE = 0.25, 3
+#: What is left over is given so long to end by itself.
+_END_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +265,28 @@ def _stop(*_: object) -> None:
     raise KeyboardInterrupt
 
 
+def _children() -> set[int]:
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(pid) for task in tasks for pid in task.read_text().split()}
+
+
+def end_what_is_left() -> None:
+    """End the processes that nobody else will.
+
+    A signal may come while one is being started, before anybody has its number; and of one that was
+    cut off `subprocess.run` does not wait for the end.
+    """
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        for pid in _children():
+            with suppress(ProcessLookupError):
+                os.kill(pid, sign)
+        until = time.monotonic() + _END_S
+        while _children() and time.monotonic() < until:
+            with suppress(ChildProcessError):
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    time.sleep(0.05)
+
+
 def main() -> int:
     """Start the stack, carry all out, and say what holds."""
     given = _parse()
@@ -281,6 +306,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    finally:
+        end_what_is_left()
 
 
 if __name__ == "__main__":

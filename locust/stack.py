@@ -26,6 +26,9 @@ _SHIPPED = ROOT / "deploy" / "nginx"
 #: Of Debian's packages, which are not in everybody's path.
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
 _START_S = 40.0
+#: All that the service is given of our environment: its settings there, DATABASE_URL foremost, are
+#: those of another deployment, which a load run must not touch.
+_KEPT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR", "TZ")
 
 #: What differs from the defaults: enough of everything that the load run is there to measure. The
 #: limits stay on, so that what they cost is measured too.
@@ -86,9 +89,7 @@ class Stack:
 
     def service(self, redis_port: int) -> "subprocess.Popen[bytes]":
         """Start the service."""
-        ours = [name for name in os.environ if name.startswith(("MUSET_", "AI_", "LOAD_"))]
-        env = {name: value for name, value in os.environ.items() if name not in ours}
-        env |= {
+        env = {name: os.environ[name] for name in _KEPT if name in os.environ} | {
             "PORT": str(self._service_port),
             "MUSET_DATA_DIR": str(self.folder / "data"),
             "MUSET_ADMIN_KEY": self.key,

@@ -1,0 +1,52 @@
+"""The stack of a load run is its own, and nothing of it is left."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "locust"))
+
+import stack  # noqa: E402 - it is no package
+
+
+def test_settings_of_another_deployment_stay_out(tmp_path, monkeypatch):
+    """Whoever has exported a DATABASE_URL does not find the load in that database."""
+    given = {}
+    monkeypatch.setattr(stack, "_start", lambda _command, _output, env: given.update(env))
+    for name in ("DATABASE_URL", "REDIS_URL", "REQUEST_TIMEOUT", "MUSET_DEPLOYMENT", "LOG_FILE"):
+        monkeypatch.setenv(name, "of another deployment")
+    monkeypatch.setenv("RATE_LIMIT_REQUESTS_PER_MINUTE", "1")
+    made = stack.Stack(tmp_path, {"MAX_RETRIES": "2"})
+    made.upstream = SimpleNamespace(base_url="http://127.0.0.1:1/v1")
+    made.service(6379)
+    assert "of another deployment" not in given.values()
+    assert given["RATE_LIMIT_REQUESTS_PER_MINUTE"] == "600000"
+    assert (given["MAX_RETRIES"], given["REDIS_URL"]) == ("2", "redis://127.0.0.1:6379/0")
+    assert given["PATH"]
+
+
+LEFT = """
+import subprocess, sys
+import run
+subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(600)"
+subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE).stdout.readline()
+subprocess.Popen([sys.executable, "-c", ""])
+before = run._children()
+run._END_S = 1.0
+run.end_what_is_left()
+print(len(before), run._children())
+"""
+
+
+def test_what_nobody_has_the_number_of_ends():
+    """A process that a signal has cut off from whoever started it, a stubborn one, a dead one."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LEFT], cwd=ROOT / "locust",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "extensions")])},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.stdout.split(maxsplit=1) == ["3", "set()\n"], done.stderr
