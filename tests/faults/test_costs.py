@@ -81,6 +81,15 @@ def wrappers():
     return measured("micro.py", "--instructions", needs="valgrind")
 
 
+def test_the_apps_that_are_measured_answer():
+    """What the benchmarks measure is there and works; Redis and the peers are theirs."""
+    apps = importlib.import_module("http_apps")
+    for name in ("bare", "muset_four", "cached_view_off", *OFF):
+        with getattr(apps, name)().test_client().get("/api/ping") as answer:
+            assert answer.json == apps.PAYLOAD, name
+            assert ("RateLimit" in answer.headers) == (name == "muset_four")
+
+
 OFF = ["errors_off", "resilience_off", "cache_off", "metrics_off"]
 BESIDE = ["floor_four", "trio_local", "trio", "cached_view_off"]
 
