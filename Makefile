@@ -42,6 +42,7 @@ dist: .venv/.check
 
 bench: .venv-bench/.bench
 	.venv-bench/bin/python benchmarks/http_instructions.py
+	.venv-bench/bin/python benchmarks/http_overhead.py
 	.venv-bench/bin/python benchmarks/micro.py --valgrind
 	.venv-bench/bin/python benchmarks/metrics_cost.py --valgrind
 	.venv-bench/bin/python benchmarks/ours_metrics.py
