@@ -101,7 +101,7 @@ def exchange(
         else:
             _count_error(tally, response, name)
             yield None
-        tally.count(response.request_meta.get("status", status), is_question=name == ASK_ROUTE)
+        tally.count(status, is_question=name == ASK_ROUTE)
 
 
 def _count_error(tally: Tally, response: Any, name: str) -> None:

@@ -234,6 +234,14 @@ def _redis(app: Flask, settings: Settings) -> GuardedRedis | None:
     return client
 
 
+class _App(Flask):
+    """No view is a coroutine function, so none is looked at once more for each request."""
+
+    def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as it is."""
+        return func
+
+
 def create_app(
     settings: Settings | None = None,
     *,
@@ -251,7 +259,7 @@ def create_app(
         SettingsError: A variable is not allowed.
     """
     settings = load_settings() if settings is None else settings
-    app = Flask("muset")
+    app = _App("muset")
     app.json = StrictJSON(app)
     # JSON may write a character of two bytes as an escape of six.
     app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
