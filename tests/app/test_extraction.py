@@ -131,7 +131,11 @@ def test_depth_is_no_harm(extractor):
 )
 def test_ten_megabytes_of_tags_end_in_time(data):
     """What takes longer than it may is a refusal, and costs no more than that."""
-    assert reason(ProcessExtractor(10 * MIB, cpu_s=1), data, "html") in ("too_much", "no_text", "broken")
+    assert reason(ProcessExtractor(10 * MIB, cpu_s=1), data, "html") in (
+        "too_much",
+        "no_text",
+        "broken",
+    )
 
 
 def test_a_page_without_text(extractor):
