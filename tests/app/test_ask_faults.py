@@ -1,7 +1,6 @@
 """Every kind of fault of a real model server, with and without a stream."""
 
 import json
-import socket
 import sys
 import textwrap
 
@@ -9,6 +8,7 @@ import pytest
 from asked_service import Service
 from event_streams import STREAM, assert_one_end, events_of
 from patched import run_patched
+from redis_server import free_port
 from scripted import Scripted
 from wire import DONE, Wire, answers, chunk, says
 
@@ -213,10 +213,8 @@ def test_an_answer_that_the_models_own_limit_has_cut(tmp_path, form, max_tokens,
 @pytest.mark.parametrize("form", [{}, STREAM])
 def test_a_server_that_is_not_there(tmp_path, form):
     """No connection: 503, or the documents answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    service = Service(tmp_path, [OpenAIProvider("model", f"http://127.0.0.1:{port}/v1", MODEL)])
+    url = f"http://127.0.0.1:{free_port()}/v1"
+    service = Service(tmp_path, [OpenAIProvider("model", url, MODEL)])
     assert ended(service.ask(headers=form, allow_degraded=False)) == (503, "1")
     assert ended(service.ask(headers=form))[0] == 200
     service.close()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from click.testing import CliRunner
+from redis_server import free_port
 from sqlalchemy import text
 
 from flask_muset import Resilience
@@ -178,7 +179,7 @@ def test_idle_connections_that_are_gone_are_replaced(make, postgres_url):
 def test_a_server_that_is_away_is_an_outage(make, postgres_server):
     """503 with Retry-After, whether it refuses connections or has no more of them."""
     port = postgres_server.port
-    away = make(f"postgresql://muset@127.0.0.1:{socket_without_listener()}/d")
+    away = make(f"postgresql://muset@127.0.0.1:{free_port()}/d")
     missing = make(f"postgresql://muset@127.0.0.1:{port}/nowhere")
     for database in (away, missing):
         with pytest.raises(Exception, match="connection") as caught:
@@ -189,12 +190,6 @@ def test_a_server_that_is_away_is_an_outage(make, postgres_server):
         assert error.retry_after >= 1
         with pytest.raises(Exception, match="connection"):
             database.check(0.25)
-
-
-def socket_without_listener():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_options_of_the_url_hold(make, postgres_url):
@@ -417,7 +412,7 @@ def test_the_commands(empty_url, tmp_path):
     note.write_text("A bee colony has one queen, who lays 2,000 eggs a day.")
     assert "1 stored, 0 known already, 0 failed." in run("ingest", str(note)).output
     assert "2,000 eggs" in run("ask", "How many eggs does the queen lay?").output
-    away = f"postgresql://muset:hunter2@127.0.0.1:{socket_without_listener()}/d"
+    away = f"postgresql://muset:hunter2@127.0.0.1:{free_port()}/d"
     failed = run("keys", "list", DATABASE_URL=away)
     assert (failed.exit_code, failed.output.count("\n")) == (1, 1)
     assert "the database refused" in failed.output

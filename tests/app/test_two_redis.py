@@ -4,11 +4,10 @@ import time
 
 import pytest
 from click.testing import CliRunner
-from redis_server import running
+from redis_server import keys_of, running
 from sqlalchemy import text
 
 from flask_muset.cache_strategies import cache_manager
-from flask_muset.redis import GuardedRedis
 from muset.app import create_app
 from muset.cli import main
 from muset.settings import SettingsError, load_settings
@@ -52,12 +51,7 @@ def soon(look):
 
 def kinds(server):
     """What a Redis has keys of, without its probe's."""
-    client = GuardedRedis(server.url, budget_s=2)
-    try:
-        names = client.execute("KEYS", "muset:default:*")
-    finally:
-        client.close()
-    return {name.decode().split(":")[2] for name in names}
+    return {name.split(":")[2] for name in keys_of(server, "muset:default:*")}
 
 
 def checks(client):

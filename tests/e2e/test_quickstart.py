@@ -3,12 +3,12 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from redis_server import free_port
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"
@@ -56,9 +56,7 @@ def test_make_run(tmp_path, prove):
     options = newcomer(tmp_path)
     folder = tmp_path / "muset"
     clone(folder, options)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     options["env"]["PORT"] = port
     log = tmp_path / "output.txt"
     began = time.monotonic()

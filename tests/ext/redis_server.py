@@ -13,12 +13,43 @@ import time
 
 import pytest
 
+from flask_muset.redis import GuardedRedis
+
+
+def _ports():
+    """Each worker of a test run has 2,000 ports of its own and takes them in turn.
+
+    None of those that the system gives to outgoing connections (Linux: from 32,768): a server that
+    is killed finds its port free when it starts again. And none again soon: whoever still calls a
+    server that has ended does not reach another test's.
+    """
+    number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 10
+    start = random.randrange(2000)
+    while True:
+        for place in range(2000):
+            yield 12_000 + 2000 * number + (start + place) % 2000
+
+
+_PORTS = _ports()
+
 
 def free_port():
     """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def keys_of(server, pattern):
+    """The names of the keys that a RedisServer has of a pattern."""
+    client = GuardedRedis(server.url, budget_s=2)
+    try:
+        return {key.decode() for key in client.execute("KEYS", pattern)}
+    finally:
+        client.close()
 
 
 def executable():
@@ -65,8 +96,9 @@ class RedisServer:
             self._command, cwd=self.folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         for _ in range(400):
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                # Its own socket, which it opens after the port: behind the port might be another.
+                probe.connect(self.socket_path)
                 return self
             assert self._process.poll() is None, "redis-server did not start"
             time.sleep(0.025)

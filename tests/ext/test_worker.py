@@ -13,6 +13,7 @@ import time
 
 import pytest
 from gunicorn_app import serve
+from redis_server import free_port
 
 APP = """
 import time, sys
@@ -34,9 +35,7 @@ def slow():
 def server(tmp_path):
     """gunicorn with one fair worker; yields its process and port."""
     (tmp_path / "fair_app.py").write_text(APP)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     config = (
         "from gevent import monkey; monkey.patch_all()\n"
         "def on_starting(server): server.handle_int = server.handle_term\n"

@@ -62,6 +62,12 @@ def edge(tmp_path_factory):
     assert service.output().count("Booting worker") == 1
 
 
+def ways(edge):
+    """What clients can reach the service by: name, port, URL."""
+    service, nginx = edge
+    return [("nginx", nginx.port, nginx.url), ("straight", service.port, service.url)]
+
+
 # --- Bytes that are no HTTP ---------------------------------------------------------------------
 
 
@@ -198,10 +204,7 @@ def test_malformed_requests(edge, prove):
     """Wrong lines, headers, lengths and chunks, NULs, and two requests in one."""
     service, nginx = edge
     count = 10_000 if prove.full else 300
-    for name, port, url in [
-        ("nginx", nginx.port, nginx.url),
-        ("straight", service.port, service.url),
-    ]:
+    for name, port, url in ways(edge):
         rng = random.Random(11)
         sent = [*SMUGGLING, *(malformed(rng) for _ in range(count))]
         with Watch(url) as watch, concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -252,12 +255,9 @@ def dawdle(port, kind, until):
 )
 def test_slow_clients_and_a_flood(edge, prove):
     """Fewer connections than a worker takes (1,000) and than nginx allows an address (512)."""
-    service, nginx = edge
+    service, _ = edge
     each = 100 if prove.full else 15
-    for name, port, url in [
-        ("nginx", nginx.port, nginx.url),
-        ("straight", service.port, service.url),
-    ]:
+    for name, port, url in ways(edge):
         until = time.monotonic() + (15 if prove.full else 1.5)
         kinds = ["headers", "body", "answer"] * each
         with Watch(url) as watch, concurrent.futures.ThreadPoolExecutor(len(kinds) + 1) as pool:

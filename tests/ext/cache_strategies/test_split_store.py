@@ -7,7 +7,7 @@ import time
 import pytest
 from cache_worker import CacheWorker
 from flask import Flask
-from redis_server import running
+from redis_server import keys_of, running
 
 from flask_muset import CacheStrategies
 from flask_muset.errors import CacheUnavailable
@@ -83,12 +83,8 @@ def make(cache_server, journal_server):
 
 def entries(server):
     """The keys that a Redis has entries of."""
-    client = GuardedRedis(server.url, budget_s=2)
-    try:
-        found = client.execute("KEYS", "muset:default:c1:*")
-    finally:
-        client.close()
-    return {key.decode().removeprefix("muset:default:c1:") for key in found}
+    prefix = "muset:default:c1:"
+    return {key.removeprefix(prefix) for key in keys_of(server, f"{prefix}*")}
 
 
 def soon(condition):
