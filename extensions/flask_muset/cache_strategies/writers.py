@@ -5,7 +5,6 @@ among the writers that were declared and the references that the configuration a
 that stands in a journal is ever imported or called.
 """
 
-import asyncio
 import functools
 import importlib
 import inspect
@@ -159,6 +158,7 @@ def _await(result: Any) -> None:
         if isinstance(result, Coroutine):
             result.close()
         raise
+    import asyncio  # only where it is used: it takes a worker 1.3 MB
 
     async def run() -> None:
         # Nothing cuts a thread off that waits for a loop.

@@ -1,6 +1,5 @@
 """A bound on how many calls run at once."""
 
-import asyncio
 import threading
 from collections import deque
 from typing import Any, NoReturn, Protocol
@@ -41,15 +40,18 @@ class _Awaited:
     """A task of asyncio that waits."""
 
     def __init__(self) -> None:
+        import asyncio  # only where it runs already
+
         self._loop = asyncio.get_running_loop()
         self._event = asyncio.Event()
+        self._timeout = asyncio.timeout
 
     def wake(self) -> None:
         self._loop.call_soon_threadsafe(self._event.set)
 
     async def wait(self, seconds: float) -> bool:
         try:
-            async with asyncio.timeout(seconds):
+            async with self._timeout(seconds):
                 return await self._event.wait()
         except TimeoutError:
             return False

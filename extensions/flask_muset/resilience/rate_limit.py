@@ -1,6 +1,5 @@
 """A limit on how often something happens, exact and with little to remember: GCRA."""
 
-import asyncio
 import hashlib
 import math
 from collections import OrderedDict
@@ -162,6 +161,8 @@ class RateLimit(Part):
         if shared is None:
             self.enter()
             return
+        import asyncio  # only where it runs already
+
         hit = shared.lent("")
         self._admit(await asyncio.to_thread(self.hit) if hit is None else hit)
 

@@ -1,13 +1,11 @@
 """Retries: exponential backoff with full jitter, inside a deadline and a budget."""
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import ContextVar
 from functools import lru_cache
+from importlib.util import find_spec
 from itertools import repeat
 from typing import Any, TypeVar, overload
-
-from backoff import expo
 
 from flask_muset import context
 from flask_muset.clock import SYSTEM, Clock
@@ -35,6 +33,11 @@ from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import Decision
 
 __all__ = ["RetryStrategy", "retry", "retry_async", "retry_call"]
+
+if find_spec("backoff") is None:
+    raise ModuleNotFoundError(
+        "flask_muset.resilience needs backoff: pip install 'flask-muset[resilience]'"
+    )
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: Which errors are tried again: classes, or a function of the exception.
@@ -131,6 +134,8 @@ class RetryStrategy(Part):
 
     def waits(self) -> Iterator[float]:
         """The bounds of the waits, in seconds, without end."""
+        from backoff import expo  # at the first retry: with asyncio it takes a worker 1.3 MB
+
         bounds = expo(self.exponential_base, self.initial_delay, self.max_delay)
         next(bounds)  # backoff's generators begin with a value that is no wait
         bound = next(bounds)
@@ -234,6 +239,8 @@ class RetryStrategy(Part):
         if self.clock.is_virtual:
             self.clock.sleep(seconds)
         else:
+            import asyncio  # only where it runs already
+
             await asyncio.sleep(seconds)
 
 
