@@ -156,6 +156,27 @@ def test_a_statement_ends_with_the_time_of_its_request(make):
     assert database._engine.pool.checkedin() == 1
 
 
+def test_who_is_gone_keeps_no_locks(make, postgres_url, monkeypatch):
+    """A transaction of which the server hears nothing more ends, and others go on; 503 if late."""
+    monkeypatch.setattr(postgresql, "_GONE_MS", 200)
+    one, two = make(), make()
+    one.write(add_user("a@example.org"))
+    rename = text("UPDATE users SET email = :email")
+
+    def work(connection):
+        connection.execute(rename, {"email": "one@example.org"})
+        with deadline(20):
+            two.write(lambda c: c.execute(rename, {"email": "two@example.org"}))
+        connection.execute(COUNT)
+
+    with pytest.raises(Exception, match="idle-in-transaction timeout") as caught:
+        one.write(work)
+    error = translate(caught.value, {})
+    assert (error.status, error.retryable) == (503, True)
+    emails = text("SELECT email FROM users")
+    assert one.read(lambda c: c.execute(emails).scalars().all()) == ["two@example.org"]
+
+
 def test_idle_connections_that_are_gone_are_replaced(make, postgres_url):
     """Nobody notices that the server has closed them: not even a retry is needed."""
     database = make()
