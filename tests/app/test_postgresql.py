@@ -62,6 +62,7 @@ import sys, time, gevent
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError
 from flask_muset.resilience import Policy
+from muset.adapters.database import OutcomeUnknownError, finish, outcome
 from muset.adapters.postgresql import Database
 from sqlalchemy import text
 database = Database(sys.argv[1], Policy("database", []))
@@ -124,6 +125,17 @@ with gevent.Timeout(0.5):
     database.write(add("kept"))
 assert database.read(run("SELECT count(*) FROM users")) == 1
 database.write(lambda c: c.exec_driver_sql("DROP TRIGGER slow ON users"))
+
+# And if nobody knows, he is told that, not that it was late.
+def unknown():
+    gevent.sleep(0.2)
+    raise OutcomeUnknownError("the connection broke")
+try:
+    with gevent.Timeout(0.05):
+        finish(gevent.spawn(outcome, unknown), lambda: None)
+    raise AssertionError("not told")
+except OutcomeUnknownError:
+    pass
 
 # A pool that is in use says nothing of the database.
 sleepers = [gevent.spawn(database.read, run("SELECT pg_sleep(0.5)")) for _ in range(8)]
