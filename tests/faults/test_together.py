@@ -322,8 +322,8 @@ def cut_off(network, make_stack, prove, *links):
     documents = sum(len(some.documents) for some in clients)
     prove.figure(
         f"{len(cut.answers)} answers, failed {dict(kinds)}, the slowest took "
-        f"{cut.slowest_s:.1f} s, over {cut.after_s:.1f} s after the link was back, {documents} documents accepted, "
-        f"{len(lost)} lost"
+        f"{cut.slowest_s:.1f} s, over {cut.after_s:.1f} s after the link was back, "
+        f"{documents} documents accepted, {len(lost)} lost"
     )
     assert lost == []
     assert set(kinds) <= {503, 504}
