@@ -26,7 +26,7 @@ class Nginx:
 
     Args:
         folder: An empty one, for its files.
-        servers: Ports of 127.0.0.1 that it passes requests to.
+        servers: Addresses with ports that it passes requests to.
     """
 
     def __init__(self, folder, servers):
@@ -44,7 +44,7 @@ class Nginx:
         listen = (SHIPPED / "listen.conf").read_text().replace("8080", f"127.0.0.1:{self.port}")
         (self.conf / "listen.conf").write_text(listen)
         options = "max_fails=3 fail_timeout=2s"
-        lines = [f"server 127.0.0.1:{port} {options};\n" for port in servers]
+        lines = [f"server {address} {options};\n" for address in servers]
         (self.conf / "servers.conf").write_text("".join(lines))
 
     def command(self, *options):

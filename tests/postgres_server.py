@@ -58,9 +58,10 @@ class PostgresServer:
 
     Args:
         durable: Whether what is committed survives a kill of the machine; slower.
+        addresses: Where it listens.
     """
 
-    def __init__(self, *, durable=False):
+    def __init__(self, *, durable=False, addresses=("127.0.0.1",)):
         self.port = free_port()
         self._programs = folder_of_programs()
         self._as, owner = somebody()
@@ -69,10 +70,14 @@ class PostgresServer:
         if owner is not None:
             os.chown(self.folder, *owner)
         self._durable = durable
+        self._addresses = addresses
         self._process = None
         self._numbers = itertools.count()
         self._run("initdb", "-D", "data", "-U", "muset", "-A", "trust", "-E", "UTF8",
                   "--locale=C", "--no-sync")  # fmt: skip
+        # Whoever reaches an address that it listens on.
+        with (self.folder / "data" / "pg_hba.conf").open("a") as who:
+            who.write("host all all samenet trust\n")
 
     def _run(self, program, *words):
         done = subprocess.run(
@@ -107,7 +112,7 @@ class PostgresServer:
         if not self._durable:
             options |= {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
         words = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
-        command = [self._programs / "postgres", "-D", "data", "-h", "127.0.0.1",
+        command = [self._programs / "postgres", "-D", "data", "-h", ",".join(self._addresses),
                    "-p", str(self.port), "-k", "", *words]  # fmt: skip
         for _ in range(600):
             if self._process is None or self._process.poll() is not None:

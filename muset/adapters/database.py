@@ -136,7 +136,8 @@ def finish(task: Any, cancel: Callable[[], None]) -> Any:
 
     Whoever is cut off meanwhile cancels it and still waits for its end, as it uses a connection
     that somebody else may have afterwards. What was done all the same was done: that is returned,
-    because a request that is told of a time-out must have changed nothing.
+    because a request that is told of a time-out must have changed nothing. Nor is it told so where
+    nobody knows.
 
     Args:
         task: Is running.
@@ -155,7 +156,7 @@ def finish(task: Any, cancel: Callable[[], None]) -> Any:
     is_done, value = task.value
     if is_done:
         return value
-    raise value if cut is None else cut
+    raise value if cut is None or isinstance(value, OutcomeUnknownError) else cut
 
 
 def compute(work: Callable[[], T]) -> T:

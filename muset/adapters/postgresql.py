@@ -24,6 +24,8 @@ __all__ = ["Database"]
 
 T = TypeVar("T")
 
+#: A host that is gone answers nothing, not even that it is gone.
+_GONE_MS = 10_000
 _READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 #: Races are settled by constraints and row locks, which this level waits for; see the stores.
 _WRITE = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -32,8 +34,7 @@ _COMMIT_S = 5.0
 #: What holds unless the URL says something else.
 _CONNECT: dict[str, Any] = {
     "connect_timeout": 5,
-    # A host that is gone answers nothing, not even that it is gone.
-    "tcp_user_timeout": 10_000,
+    "tcp_user_timeout": _GONE_MS,
     "keepalives_idle": 30,
     "keepalives_interval": 5,
     "keepalives_count": 3,
@@ -177,20 +178,25 @@ def _look(engine: Engine) -> None:
 def _begin(engine: Engine, begin: str) -> Connection:
     connection = engine.connect()
     try:
-        connection.exec_driver_sql(begin + _statement_timeout())
+        connection.exec_driver_sql(begin + _limits())
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-def _statement_timeout() -> str:
-    """What ends each statement on the server when the time of its request is up."""
+def _limits() -> str:
+    """What the server ends by itself.
+
+    That is a transaction of which it hears nothing more, for the locks of a host that is gone would
+    stay for hours; and each statement when the time of its request is up.
+    """
+    limits = f"; SET LOCAL idle_in_transaction_session_timeout = {_GONE_MS}"
     left = deadline.remaining()
     if left is None:
-        return ""
+        return limits
     # In steps, so that there are few such texts.
-    return f"; SET LOCAL statement_timeout = {10 * max(1, math.ceil(left * 100))}"
+    return f"{limits}; SET LOCAL statement_timeout = {10 * max(1, math.ceil(left * 100))}"
 
 
 def _commit(connection: Connection) -> None:

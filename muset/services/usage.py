@@ -18,11 +18,13 @@ _BATCH = 100
 #: Seconds for which the cache keeps an entry; nobody reads it there.
 _KEPT_S = 1.0
 _PREFIX = "usage:"
+#: Seconds that a question which has failed waits for its entry, which is written all the same.
+_FAILED_S = 1.0
 
 
 class _Running(Protocol):
-    def join(self) -> object:
-        """Wait until it has ended."""
+    def join(self, timeout: float | None) -> object:
+        """Wait until it has ended; None for as long as that takes."""
         ...
 
 
@@ -68,7 +70,8 @@ class UsageService:
         """Write one request down, whatever has become of it; it raises nothing.
 
         A request whose time is up has used something too. So this waits for work that goes on when
-        the request is cut off.
+        the request is cut off. One that has failed waits for a moment only: it may be cut off
+        already, which happens once, and what it has waited for in vain may be the same stores.
         """
         entry = UsageEntry(
             id=str(uuid4()),
@@ -83,7 +86,8 @@ class UsageService:
             estimated=estimated,
             cost=cost,
         )
-        self._beside(partial(self._keep, asdict(entry))).join()
+        running = self._beside(partial(self._keep, asdict(entry)))
+        running.join(None if status == "success" else _FAILED_S)
 
     def _keep(self, entry: dict[str, Any]) -> None:
         try:

@@ -199,7 +199,7 @@ def test_nginx_takes_the_example_with_tls(tmp_path):
     program = shutil.which("openssl")
     if program is None:
         pytest.skip("openssl is not installed")
-    nginx = Nginx(tmp_path, [8000])
+    nginx = Nginx(tmp_path, ["127.0.0.1:8000"])
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subprocess.run(
         [program, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",

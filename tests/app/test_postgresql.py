@@ -62,6 +62,7 @@ import sys, time, gevent
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError
 from flask_muset.resilience import Policy
+from muset.adapters.database import OutcomeUnknownError, finish, outcome
 from muset.adapters.postgresql import Database
 from sqlalchemy import text
 database = Database(sys.argv[1], Policy("database", []))
@@ -125,6 +126,17 @@ with gevent.Timeout(0.5):
 assert database.read(run("SELECT count(*) FROM users")) == 1
 database.write(lambda c: c.exec_driver_sql("DROP TRIGGER slow ON users"))
 
+# And if nobody knows, he is told that, not that it was late.
+def unknown():
+    gevent.sleep(0.2)
+    raise OutcomeUnknownError("the connection broke")
+try:
+    with gevent.Timeout(0.05):
+        finish(gevent.spawn(outcome, unknown), lambda: None)
+    raise AssertionError("not told")
+except OutcomeUnknownError:
+    pass
+
 # A pool that is in use says nothing of the database.
 sleepers = [gevent.spawn(database.read, run("SELECT pg_sleep(0.5)")) for _ in range(8)]
 gevent.sleep(0.05)
@@ -154,6 +166,27 @@ def test_a_statement_ends_with_the_time_of_its_request(make):
         assert isinstance(translate(caught.value, {}), OperationTimeoutError)
     assert database.read(lambda c: c.execute(COUNT).scalar_one()) == 0
     assert database._engine.pool.checkedin() == 1
+
+
+def test_who_is_gone_keeps_no_locks(make, postgres_url, monkeypatch):
+    """A transaction of which the server hears nothing more ends, and others go on; 503 if late."""
+    monkeypatch.setattr(postgresql, "_GONE_MS", 200)
+    one, two = make(), make()
+    one.write(add_user("a@example.org"))
+    rename = text("UPDATE users SET email = :email")
+
+    def work(connection):
+        connection.execute(rename, {"email": "one@example.org"})
+        with deadline(20):
+            two.write(lambda c: c.execute(rename, {"email": "two@example.org"}))
+        connection.execute(COUNT)
+
+    with pytest.raises(Exception, match="idle-in-transaction timeout") as caught:
+        one.write(work)
+    error = translate(caught.value, {})
+    assert (error.status, error.retryable) == (503, True)
+    emails = text("SELECT email FROM users")
+    assert one.read(lambda c: c.execute(emails).scalars().all()) == ["two@example.org"]
 
 
 def test_idle_connections_that_are_gone_are_replaced(make, postgres_url):

@@ -2,6 +2,7 @@
 
 import datetime
 import threading
+import time
 
 from scripted import Scripted, put_in_place
 from sqlalchemy import select, text
@@ -12,6 +13,7 @@ from flask_muset.errors import NetworkError
 from flask_muset.testing import virtual_clock
 from muset.models import Usage
 from muset.ports import Asker, Tokens
+from muset.services import usage as usage_module
 
 ASK = {"question": "How many eggs does the queen lay a day?"}
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays 2,000 eggs a day."}
@@ -150,6 +152,28 @@ def test_a_lost_entry_is_in_the_log_and_the_client_has_its_answer(
     lost = [r.getMessage() for r in caplog.records if "ledger is lost" in r.getMessage()]
     assert len(lost) == 1
     assert "the-lost-one" in lost[0]
+
+
+def test_a_failure_is_told_while_its_entry_waits_for_the_stores(app, settings, monkeypatch):
+    """It is written when they are back; a success is told when it is written."""
+    monkeypatch.setattr(usage_module, "_FAILED_S", 0.05)
+    settings.journal_path.mkdir()
+    usage, back = app.extensions["muset"].ask._ledger, threading.Event()
+    real = usage._store.add
+    monkeypatch.setattr(usage._store, "add", lambda entries: back.wait(20) and real(entries))
+
+    def told(status):
+        usage.record(Asker(1, status), provider="p", model="m", status=status)
+
+    told("error")
+    assert ledger(app, flushed=False) == []
+    threading.Timer(0.2, back.set).start()
+    told("success")
+    assert back.is_set()
+    until = time.monotonic() + 10
+    while len(rows := ledger(app, flushed=False)) < 2 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert {row["status"] for row in rows} == {"error", "success"}
 
 
 def test_what_the_cache_forgets_stays_in_the_ledger(app):

@@ -1,8 +1,20 @@
 """Services, alone and with all that stands round them, which end with the test."""
 
+import contextlib
+
 import pytest
+from hosts import Network, can_make_hosts
 from nginx_server import Nginx
 from services import Service, Stack
+
+
+@pytest.fixture
+def network(prove):
+    """Of hosts that can be cut off."""
+    if not can_make_hosts():
+        prove.missing("network namespaces (ip, root)")
+    with contextlib.ExitStack() as made:
+        yield Network(made)
 
 
 @pytest.fixture
@@ -41,7 +53,7 @@ def service(make_service):
 
 @pytest.fixture
 def make_nginx(tmp_path):
-    """Makes one that passes to some ports; it is started."""
+    """Makes one that passes to some addresses; it is started."""
     made = []
 
     def make(*servers):

@@ -1,12 +1,16 @@
 """Clients of the service, and what each was answered."""
 
 import itertools
+import random
 import threading
 import time
 from dataclasses import dataclass
 
 import requests
 from requests.adapters import HTTPAdapter
+
+#: More than nginx waits for an answer.
+LAST_ANSWER_S = 90
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,13 @@ class Answered:
     request_id: str
 
 
+def _turns(kinds):
+    """Each once, in ever another order: else one of two hosts would have the same kinds always."""
+    chance = random.Random(7)
+    while True:
+        yield from chance.sample(kinds, len(kinds))
+
+
 class Load:
     """Threads that ask in turn until the block ends.
 
@@ -56,12 +67,14 @@ class Load:
         self.answers = []
         self.failures = []
         self._headers = headers
-        self._kinds = itertools.cycle(kinds.items())
+        self._kinds = _turns(list(kinds.items()))
         self._numbers = itertools.count()
         self._pause_s = pause_s
         self._wait = wait
         self._over = threading.Event()
-        self._threads = [threading.Thread(target=self._run, args=(n,)) for n in range(clients)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(n,), daemon=True) for n in range(clients)
+        ]
         self._turn = threading.Lock()
 
     def __enter__(self):
@@ -71,8 +84,11 @@ class Load:
 
     def __exit__(self, *_):
         self._over.set()
+        until = time.monotonic() + LAST_ANSWER_S
         for thread in self._threads:
-            thread.join()
+            thread.join(max(0, until - time.monotonic()))
+        waiting = sum(thread.is_alive() for thread in self._threads)
+        assert not waiting, f"{waiting} clients have no answer after {LAST_ANSWER_S} s"
 
     def _run(self, client):
         with requests.Session() as session:

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import requests
+from hosts import Host
 from nginx_server import Nginx
 from postgres_server import PostgresServer
-from redis_server import RedisServer, SlowWay, free_port
+from redis_server import RedisServer, free_port
 
 ROOT = Path(__file__).parents[2]
+HERE = Host()
 
 
 class Service:
@@ -23,13 +25,16 @@ class Service:
 
     Args:
         data_dir: Where it keeps what it keeps, and its output.
+        host: Where it runs.
         **environ: Further variables.
     """
 
-    def __init__(self, data_dir, **environ):
+    def __init__(self, data_dir, host=HERE, **environ):
         self.environ = environ
+        self.host = host
         self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.address = f"{host.address}:{self.port}"
+        self.url = f"http://{self.address}"
         self.data_dir = data_dir
         self.key = environ.get("MUSET_ADMIN_KEY")
         self.process = None
@@ -42,13 +47,14 @@ class Service:
         self._output = open(self.data_dir / "output.txt", "wb")  # noqa: SIM115 - closed in stop
         env = os.environ | {
             "MUSET_DATA_DIR": str(self.data_dir / "data"),
+            "MUSET_HOST": self.host.address,
             "PORT": str(self.port),
             "RATE_LIMIT_REQUESTS_PER_MINUTE": "0",
             "METRICS_PORT": "0",
             **self.environ,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "muset.cli", "serve"],
+            [*self.host.command, sys.executable, "-m", "muset.cli", "serve"],
             env=env,
             cwd=ROOT,
             stdout=self._output,
@@ -123,38 +129,38 @@ class Stack:
 
     Args:
         folder: An empty one.
-        cut: Whether the first service reaches Redis and PostgreSQL by `ways`, which can be held.
+        hosts: Of the services.
         **environ: Further variables of both services.
     """
 
     KEY = "msk_" + "k" * 43
 
-    def __init__(self, folder, *, cut=False, **environ):
-        self.redis = RedisServer(folder, "--appendonly", "yes", "--appendfsync", "always")
-        self.postgres = PostgresServer(durable=True)
+    def __init__(self, folder, *, hosts=(HERE, HERE), **environ):
+        addresses = sorted({host.stores for host in (HERE, *hosts)})
+        self.redis = RedisServer(
+            folder, "--appendonly", "yes", "--appendfsync", "always",
+            "--bind", *addresses, "--protected-mode", "no",
+        )  # fmt: skip
+        self.postgres = PostgresServer(durable=True, addresses=addresses)
         self._environ = {"WEB_CONCURRENCY": "2", "MUSET_ADMIN_KEY": self.KEY, **environ}
         self._folder = folder
+        self._hosts = hosts
         self.services = []
-        self.ways = [SlowWay(each.port) for each in (self.redis, self.postgres)] if cut else []
         self.nginx = None
 
     def start(self):
         self.redis.start()
         self.postgres.start()
-        shared = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
-        servers = [self.redis, self.postgres]
-        for name in ("one", "two"):
+        stores = {"REDIS_URL": self.redis.url, "DATABASE_URL": self.postgres.database()}
+        for name, host in zip(("one", "two"), self._hosts, strict=True):
             folder = self._folder / name
             folder.mkdir()
-            mine = dict(shared)
-            for variable, way, server in zip(shared, self.ways, servers, strict=False):
-                if name == "one":
-                    mine[variable] = mine[variable].replace(f":{server.port}/", f":{way.port}/")
-            self.services.append(Service(folder, **mine, **self._environ))
+            mine = {key: url.replace(HERE.stores, host.stores) for key, url in stores.items()}
+            self.services.append(Service(folder, host, **mine, **self._environ))
             self.services[-1].start()
         folder = self._folder / "nginx"
         folder.mkdir()
-        self.nginx = Nginx(folder, [service.port for service in self.services]).start()
+        self.nginx = Nginx(folder, [service.address for service in self.services]).start()
         return self
 
     @property
@@ -166,12 +172,12 @@ class Stack:
         return self.services[0].headers
 
     def stop(self):
-        if self.nginx is not None:
-            self.nginx.stop()
-        for service in self.services:
-            if service.process is not None and service.process.poll() is None:
-                service.kill_group()
-        for way in self.ways:
-            way.close()
-        self.redis.kill()
-        self.postgres.remove()
+        """End all of it, whichever part does not end as it should."""
+        with contextlib.ExitStack() as parts:
+            parts.callback(self.postgres.remove)
+            parts.callback(self.redis.kill)
+            for service in self.services:
+                if service.process is not None and service.process.poll() is None:
+                    parts.callback(service.kill_group)
+            if self.nginx is not None:
+                parts.callback(self.nginx.stop)

@@ -52,7 +52,7 @@ def edge(tmp_path_factory):
     service = Service(tmp_path_factory.mktemp("service"))
     service.start()
     workers = service.workers()
-    nginx = Nginx(tmp_path_factory.mktemp("nginx"), [service.port]).start()
+    nginx = Nginx(tmp_path_factory.mktemp("nginx"), [service.address]).start()
     yield service, nginx
     nginx.stop()
     same = service.workers() == workers

@@ -95,7 +95,7 @@ def test_reload_under_load(make_service, make_nginx, prove):
             service.process.send_signal(signal.SIGHUP)
             told.append(time.monotonic())
 
-    nginx = make_nginx(service.port)
+    nginx = make_nginx(service.address)
     load, workers = replaced(service, nginx, 60 if prove.full else 2, reload)
     failed = load.refused()
     prove.figure(
@@ -115,7 +115,7 @@ def test_recycled_under_load(make_service, make_nginx, prove, workers):
     """A worker goes when its connections have gone, and what comes meanwhile waits for the next."""
     service = make_service(WEB_CONCURRENCY=workers, MUSET_MAX_REQUESTS="300")
     service.start()
-    nginx = make_nginx(service.port)
+    nginx = make_nginx(service.address)
     load, seen = replaced(service, nginx, 60, lambda: None)
     failed = load.refused()
     slowest = max(each.ended - each.began for each in load.answers)

@@ -25,7 +25,7 @@ def exchange(nginx, data):
 
 def test_the_configuration_is_valid(tmp_path):
     """`nginx -t` takes the shipped files."""
-    nginx = Nginx(tmp_path, [8000])
+    nginx = Nginx(tmp_path, ["127.0.0.1:8000"])
     found = subprocess.run(nginx.command("-t"), capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "warn" not in found.stderr
@@ -57,7 +57,7 @@ def test_the_configuration_is_valid(tmp_path):
 )
 def test_its_own_errors(make_nginx, sent, status, category):
     """They have the form of the service's, whatever was sent."""
-    head, body = exchange(make_nginx(1), sent)
+    head, body = exchange(make_nginx("127.0.0.1:1"), sent)
     assert f" {status} " in head.splitlines()[0]
     assert "Content-Type: application/problem+json" in head
     found = json.loads(body)
@@ -69,7 +69,8 @@ def test_its_own_errors(make_nginx, sent, status, category):
 def test_a_large_body_is_refused_before_it_is_read(make_nginx):
     """Its length alone is enough."""
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\nConnection: close\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", make_nginx(1).port), timeout=10) as sock:
+    port = make_nginx("127.0.0.1:1").port
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as sock:
         sock.sendall(head)
         assert sock.recv(65536).startswith(b"HTTP/1.1 413 ")
 
@@ -79,7 +80,7 @@ def test_in_front_of_the_service(make_service, make_nginx):
     with Upstream(seed=1, models=["m"], first_token="0.1", tokens_per_second=4) as upstream:
         service = make_service(AI_BASE_URL=upstream.base_url, AI_MODEL="m")
         service.start()
-        nginx = make_nginx(service.port)
+        nginx = make_nginx(service.address)
         url = f"{nginx.url}/api/v1"
         document = {"title": "Bees", "text": "A bee colony has one queen. The queen lays eggs."}
         ids = {"X-Request-ID": "chosen-by-the-client"}
