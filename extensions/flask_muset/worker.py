@@ -231,9 +231,8 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         The master starts another worker only when this one has ended, so that must be quick.
         """
         until = time.monotonic() + self.cfg.keepalive
-        while not _draining and self._idle_of(_Kind.PROXY, _Kind.DIRECT):
-            if time.monotonic() >= until:
-                break
+        kept = _Kind.PROXY, _Kind.DIRECT
+        while not _draining and time.monotonic() < until and self._idle_of(*kept):
             self._beat()
         self.handle_exit(signal.SIGTERM, None)
 
