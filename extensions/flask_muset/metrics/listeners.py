@@ -109,9 +109,10 @@ class Listeners:
 
     def _operation(self, key: tuple[str, str]) -> Cell:
         number, has_own = self._families["cache_operations_total"].find(key)
+        cell: Cell = number.cell
         if has_own:
-            self._operations[key] = number.cell
-        return number.cell  # type: ignore[no-any-return]
+            self._operations[key] = cell
+        return cell
 
     def on_write_behind(self, sender: Any, *, event: WriteBehindEvent, **_: Any) -> None:
         """Show how much waits to be written behind."""
