@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--required", action="store_true")
     asked = parser.parse_args()
     if find_spec("pip_audit") is None:
-        parser.error("pip-audit is not installed; install the extra `test`")
+        parser.error("pip-audit is not installed; install the extra `check`")
     for service in asked.service or SERVICES:
         found = ask(service, asked.file) if knows_any(service) else None
         if found is not None:

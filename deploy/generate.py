@@ -23,6 +23,8 @@ BURN_RATES = (
     (3.0, "1d", "2h", "ticket"),
     (1.0, "3d", "6h", "ticket"),
 )
+#: The service calls models over connections of its own; ai_requests_total and the like count those.
+NEVER_USED = {"http_client_requests_total", "http_client_request_duration_seconds"}
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 RUNBOOK = "docs/runbook.md"
 #: Of gauges that say how much is wrong: the gauge, the name of its alert, above what, for how long,
@@ -236,12 +238,16 @@ def panel(number: int, title: str, expr: str, legend: str, of_unit: str) -> dict
 
 
 def dashboard() -> dict[str, object]:
-    """The objectives first, then every metric."""
+    """The objectives first, then every metric that the service has."""
     shown = [
         (f"{each.title}: share above {each.limit:g} s", recorded(each, "5m"), "", "percentunit")
         for each in latencies()
     ]
-    shown += [(metric.help, *expression(metric), unit(metric)) for metric in METRICS]
+    shown += [
+        (metric.help, *expression(metric), unit(metric))
+        for metric in METRICS
+        if metric.name not in NEVER_USED
+    ]
     return {
         "uid": NAMESPACE,
         "title": "Muset",

@@ -274,6 +274,56 @@ class _App(Flask):
         return func
 
 
+def _bare_app(settings: Settings, providers: Sequence[Configured]) -> Flask:
+    """An app with its configuration, before any extension."""
+    app = _App("muset")
+    app.json = StrictJSON(app)
+    # JSON may write a character of two bytes as an escape of six.
+    app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
+    app.config["MAX_FORM_PARTS"] = 16
+    app.config.update(settings.resilience, **settings.metrics)
+    app.config["RESILIENCE_POLICIES"] = {
+        each.provider.name: each.policy for each in _models(providers) if each.policy
+    }
+    return app
+
+
+def _cache(
+    app: Flask,
+    settings: Settings,
+    redis: "GuardedRedis | None",
+    journal_redis: "GuardedRedis | None",
+) -> CacheStrategies:
+    if journal_redis is None and settings.web_concurrency > 1:
+        app.config["CACHE_STRATEGIES_ENABLED"] = False
+        _log.warning(
+            "nothing is cached, because %d worker processes without REDIS_URL could not tell each "
+            "other of changes; set REDIS_URL, or WEB_CONCURRENCY=1",
+            settings.web_concurrency,
+        )
+    if settings.journal_path is not None:
+        app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
+    cache = CacheStrategies(app, redis=redis, journal_redis=journal_redis)
+    for kept in (Answer, Document, ScoredPassage, User):
+        cache.register(kept)
+    return cache
+
+
+def _register_blueprints(app: Flask) -> None:
+    for blueprint in (
+        documents.blueprint,
+        ask.blueprint,
+        users.blueprint,
+        search.blueprint,
+        usage.blueprint,
+        admin.blueprint,
+        health.blueprint,
+        openapi.make_blueprint(app),
+        openapi.make_docs(),
+    ):
+        app.register_blueprint(blueprint)
+
+
 def create_app(
     settings: Settings | None = None,
     *,
@@ -291,16 +341,8 @@ def create_app(
         SettingsError: A variable is not allowed.
     """
     settings = load_settings() if settings is None else settings
-    app = _App("muset")
-    app.json = StrictJSON(app)
-    # JSON may write a character of two bytes as an escape of six.
-    app.config["MAX_CONTENT_LENGTH"] = 3 * settings.max_document_bytes + 65_536
-    app.config["MAX_FORM_PARTS"] = 16
-    app.config.update(settings.resilience, **settings.metrics)
     providers = load_providers(settings) if providers is None else providers
-    app.config["RESILIENCE_POLICIES"] = {
-        each.provider.name: each.policy for each in _models(providers) if each.policy
-    }
+    app = _bare_app(settings, providers)
     tracing.init_app(app)
     logging.init_app(app)
     Metrics(app, authorize=auth.is_admin)
@@ -309,18 +351,7 @@ def create_app(
     cache_redis = _redis(app, settings, settings.cache_redis_url, "cache_redis") or redis
     ErrorHandler(app, redis=redis)
     resilience = Resilience(rate_limit_key=auth.rate_limit_key, redis=redis)
-    if redis is None and settings.web_concurrency > 1:
-        app.config["CACHE_STRATEGIES_ENABLED"] = False
-        _log.warning(
-            "nothing is cached, because %d worker processes without REDIS_URL could not tell each "
-            "other of changes; set REDIS_URL, or WEB_CONCURRENCY=1",
-            settings.web_concurrency,
-        )
-    if settings.journal_path is not None:
-        app.config["CACHE_STRATEGIES_JOURNAL_PATH"] = str(settings.journal_path)
-    cache = CacheStrategies(app, redis=cache_redis, journal_redis=redis)
-    for kept in (Answer, Document, ScoredPassage, User):
-        cache.register(kept)
+    cache = _cache(app, settings, cache_redis, redis)
     app.extensions["muset"] = make_services(
         settings,
         resilience,
@@ -337,18 +368,7 @@ def create_app(
         wrong_keys=_wrong_keys(settings, redis),
     )
     resilience.init_app(app)
-    for blueprint in (
-        documents.blueprint,
-        ask.blueprint,
-        users.blueprint,
-        search.blueprint,
-        usage.blueprint,
-        admin.blueprint,
-        health.blueprint,
-        openapi.make_blueprint(app),
-        openapi.make_docs(),
-    ):
-        app.register_blueprint(blueprint)
+    _register_blueprints(app)
     for path in settings.exposed_files:
         _log.warning("%s has a secret and can be read by everybody here; chmod o-r it", path)
     _wrap(app, settings.trusted_proxies)

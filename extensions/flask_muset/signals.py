@@ -14,7 +14,9 @@ from blinker import Namespace
 from flask_muset.errors import ErrorCategory, Severity
 
 __all__ = [
+    "BREAKERS",
     "BreakerEvent",
+    "BreakerState",
     "CacheEvent",
     "Count",
     "Decision",
@@ -24,6 +26,7 @@ __all__ = [
     "SharingEvent",
     "WriteBehindEvent",
     "breaker_changed",
+    "cache_counters",
     "cache_operated",
     "error_handled",
     "policy_decided",
@@ -105,6 +108,16 @@ class PolicyEvent:
     exception: BaseException | None = None
 
 
+class BreakerState(StrEnum):
+    """Whether a circuit breaker lets calls through."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+    FORCED_OPEN = "forced_open"
+    FORCED_CLOSED = "forced_closed"
+
+
 @dataclass(frozen=True, slots=True)
 class BreakerEvent:
     """A circuit breaker that changed its state.
@@ -148,6 +161,9 @@ class SharingEvent:
 policy_decided = _signals.signal("policy-decided")
 #: Sent with `event`, a BreakerEvent.
 breaker_changed = _signals.signal("breaker-changed")
+#: Where an app has, in `app.extensions`, what gives the name and the state of each of its circuit
+#: breakers, as this process knows them: a function that does not wait.
+BREAKERS = "flask_muset.breakers"
 #: Sent with `event`, a LinkEvent.
 redis_link_changed = _signals.signal("redis-link-changed")
 #: Sent with `event`, a SharingEvent, when the state has changed.

@@ -37,6 +37,7 @@ from gunicorn.workers.ggevent import GeventWorker
 
 from flask_muset import context, load
 from flask_muset.clock import SYSTEM
+from flask_muset.redaction import redact_text
 from flask_muset.translate import translate
 
 __all__ = ["FairGeventWorker", "draining"]
@@ -149,7 +150,7 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
             "request %s from %s cannot be read: %s",
             headers["X-Request-ID"],
             addr[0] if addr else "a socket",
-            str(exc)[:_LOGGED],
+            redact_text(str(exc))[:_LOGGED],
         )
         headers |= {"Connection": "close", "Content-Length": str(len(body))}
         lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
@@ -230,9 +231,8 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         The master starts another worker only when this one has ended, so that must be quick.
         """
         until = time.monotonic() + self.cfg.keepalive
-        while not _draining and self._idle_of(_Kind.PROXY, _Kind.DIRECT):
-            if time.monotonic() >= until:
-                break
+        kept = _Kind.PROXY, _Kind.DIRECT
+        while not _draining and time.monotonic() < until and self._idle_of(*kept):
             self._beat()
         self.handle_exit(signal.SIGTERM, None)
 

@@ -150,13 +150,13 @@ class _Threads:
     def _spawn(self, work: Callable[[Connection], Any] | None) -> Any:
         from gevent.event import AsyncResult
 
+        if work is not None and self._threads < min(self._waiting + 1, _CONNECTIONS):
+            original("_thread", "start_new_thread")(self._serve, ())
+            self._threads += 1
         result = AsyncResult()
         if not self._waiting:
             self._wake.start(self._hand_out)
         self._waiting += 1
-        if work is not None and self._threads < min(self._waiting, _CONNECTIONS):
-            original("_thread", "start_new_thread")(self._serve, ())
-            self._threads += 1
         self._tasks.put((result, work))
         return result
 

@@ -1,8 +1,6 @@
 """The OpenAPI document of exactly what is served, and its page."""
 
 import re
-from base64 import b64encode
-from hashlib import sha256
 from typing import Any
 
 from flask import Blueprint, Flask, Response, jsonify, request
@@ -13,6 +11,7 @@ from spectree.plugins.flask_plugin import FlaskPlugin
 from werkzeug.exceptions import UnsupportedMediaType
 
 from flask_muset.error_handler import openapi_components
+from flask_muset.error_handler.render import csp_source
 from flask_muset.errors import TABLE, ErrorCategory, ValidationError
 from muset import __version__
 
@@ -212,12 +211,7 @@ def make_docs() -> Blueprint:
 def _policy(page: str) -> str:
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     return (
-        f"default-src 'none'; script-src 'self' {' '.join(map(_source, scripts))}; "
-        f"style-src 'self' {_source(LOGO_STYLE)}; img-src 'self' data:; connect-src 'self'; "
+        f"default-src 'none'; script-src 'self' {' '.join(map(csp_source, scripts))}; "
+        f"style-src 'self' {csp_source(LOGO_STYLE)}; img-src 'self' data:; connect-src 'self'; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-
-
-def _source(text: str) -> str:
-    """What stands in a policy for a script or style inside the page."""
-    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"

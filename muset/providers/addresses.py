@@ -6,7 +6,7 @@ that tell a cloud's machines their secrets are none, whatever name stands for th
 
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 
-__all__ = ["refusal", "refusal_of_name"]
+__all__ = ["refusal"]
 
 #: Link-local networks have the metadata of most clouds, the credentials of their containers, and no
 #: model server; the others are Amazon's, Google's, Alibaba's, Azure's and Oracle's.
@@ -38,15 +38,6 @@ def refusal(text: str, *, key_in_clear: bool) -> str | None:
     if key_in_clear and address.is_global:
         return f"{text} is public, and the key would go there unencrypted; use https://, or {_CURE}"
     return None
-
-
-def refusal_of_name(host: str, *, key_in_clear: bool) -> str | None:
-    """The same for the host of a URL; what a name stands for is only known when it is used."""
-    try:
-        ip_address(host.partition("%")[0])
-    except ValueError:
-        return None
-    return refusal(host, key_in_clear=key_in_clear)
 
 
 def _plain(text: str) -> IPv4Address | IPv6Address:

@@ -31,7 +31,7 @@ from flask_muset.clock import SYSTEM
 from flask_muset.deadline import deadline
 from flask_muset.errors import ExternalServiceError, OperationTimeoutError, OverloadedError
 from flask_muset.locks import give_lock, original
-from muset.providers.addresses import refusal, refusal_of_name
+from muset.providers.addresses import refusal
 
 __all__ = ["Call", "Server"]
 
@@ -75,10 +75,10 @@ class Server:
         self._is_address = _is_address(self._host)
         self._is_checked = self._host not in insecure_hosts
         self._key_in_clear = has_key and not self._is_tls
-        if self._is_checked:
-            reason = refusal_of_name(self._host, key_in_clear=self._key_in_clear)
-            if reason is not None:
-                raise ValueError(f"must be another one: {reason}")
+        # What a name stands for is only known when it is used.
+        reason = self._refusal(self._host) if self._is_address else None
+        if reason is not None:
+            raise ValueError(f"must be another one: {reason}")
         self._tls: ssl.SSLContext | None = None
         self._inherited: deque[tuple[float, HTTPConnection]] | None = None
         self._busy = 0
@@ -140,20 +140,23 @@ class Server:
         host, port = address
         found = [host] if self._is_address else _addresses_of(host, port)
         for each in found:
-            self.check(each)
+            self._check(each)
         for each in found[:-1]:
             with suppress(OSError):  # the next one may answer
-                return _connected((each, port), timeout)
-        return _connected((found[-1], port), timeout)
+                return _connected_to(each, port, timeout)
+        return _connected_to(found[-1], port, timeout)
 
-    def check(self, address: str) -> None:
+    def _refusal(self, address: str) -> str | None:
+        return refusal(address, key_in_clear=self._key_in_clear) if self._is_checked else None
+
+    def _check(self, address: str) -> None:
         """Look at what the host's name stands for.
 
         Raises:
             ExternalServiceError: Nothing may be sent there.
         """
-        reason = self._is_checked and refusal(address, key_in_clear=self._key_in_clear)
-        if reason:
+        reason = self._refusal(address)
+        if reason is not None:
             raise ExternalServiceError(
                 f"{self.name} is not asked because of the address of {self._host}: {reason}",
                 unavailable=True,
@@ -194,15 +197,15 @@ def _addresses_of(host: str, port: int) -> list[str]:
     return [str(entry[4][0]) for entry in found]
 
 
-def _connected(address: tuple[str, int], timeout: float) -> socket.socket:
+def _connected_to(address: str, port: int, timeout: float) -> socket.socket:
     """What `socket.create_connection` does, which has addresses looked up as if they were names.
 
     gevent does that in native threads, where it waits for whatever else they have to do.
     """
-    sock = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+    sock = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
     try:
         sock.settimeout(timeout)
-        sock.connect(address)
+        sock.connect((address, port))
     except BaseException:
         sock.close()
         raise

@@ -274,6 +274,43 @@ def test_database_under_gevent(tmp_path):
     assert result.stdout.strip() == "fine", result.stderr
 
 
+NO_THREAD = """
+from gevent import monkey; monkey.patch_all()
+import sys, gevent
+from flask_muset.resilience import Policy
+from muset.adapters import sqlite
+from sqlalchemy import text
+database = sqlite.Database("sqlite:///" + sys.argv[1], Policy("database", []))
+real = sqlite.original
+def refuses():
+    raise RuntimeError("can't start new thread")
+def lacks_threads(module, name):
+    return (lambda *_: refuses()) if name == "start_new_thread" else real(module, name)
+def one(connection):
+    return connection.execute(text("SELECT 1")).scalar_one()
+for lacks in (True, False):
+    sqlite.original = lacks_threads if lacks else real
+    try:
+        assert database.read(one) == 1 and not lacks
+    except RuntimeError:
+        assert lacks
+assert gevent.get_hub().join(timeout=5), "the hub waits for what nobody does"
+print("fine")
+"""
+
+
+def test_a_thread_that_cannot_be_started(tmp_path):
+    """Whoever wanted it gets the error, and nothing is left behind that keeps the hub running."""
+    result = subprocess.run(
+        [sys.executable, "-c", NO_THREAD, str(tmp_path / "x.db")],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert result.stdout.strip() == "fine", result.stderr
+
+
 def test_backup_and_restore(run, tmp_path):
     """Documents come back; no copy is written over, and none is left in half."""
     page, data, copies = tmp_path / "oak.md", tmp_path / "data", tmp_path / "copies"

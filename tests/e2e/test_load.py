@@ -409,11 +409,7 @@ def test_the_default_of_requests_at_once(make_stack, prove):
 
 
 #: Expressions of the dashboard that stay without data in a run without faults, and why.
-_QUIET = {
-    "muset_metrics_overflow_total": "no metric has too many series",
-    "muset_http_client_requests_total": "the service calls nobody through httpx",
-    "muset_http_client_request_duration_seconds_bucket": "the service calls nobody through httpx",
-}
+_QUIET = {"muset_metrics_overflow_total": "no metric has too many series"}
 
 
 @pytest.mark.full_only
@@ -429,12 +425,8 @@ def test_the_dashboard_has_data(make_stack, prove, tmp_path):
     with prometheus(tmp_path, stack.service_url.removeprefix("http://")) as url:
         process = locust(LOAD_SHAPE="fault", **stack.environ())
         text, _ = process.communicate(timeout=180)
-        # Otherwise nothing has gone wrong that a client would see, and no breaker has changed.
+        # Otherwise nothing has gone wrong that a client would see.
         assert requests.get(f"{stack.url}/api/v1/users", timeout=10).status_code == 401
-        for mode in ("open", "auto"):
-            policy = f"{stack.url}/api/v1/admin/policies/database"
-            headers = {"Authorization": f"Bearer {stack.key}"}
-            assert requests.post(policy, json={"mode": mode}, headers=headers, timeout=10).ok
         time.sleep(4)
         dashboard = json.loads((ROOT / "deploy" / "grafana" / "muset.json").read_text())
         expressions = [

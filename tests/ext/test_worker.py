@@ -275,6 +275,7 @@ def test_what_cannot_be_read(tmp_path):
             (b"GET / HTTP/1.1\r\nA: " + b"b" * 200_000 + b"\r\n\r\n", 431),
             (b"GET / HTTP/1.1\r\nExpect: much\r\n\r\n", 417),
             (b"POST /body HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", 400),
+            (b"GET / HTTP/1.1\r\nAuthorization Bearer hunter2\r\n\r\n", 400),
         ]:
             status, head, body = exchange(port, data)
             assert status == expected, head
@@ -282,3 +283,6 @@ def test_what_cannot_be_read(tmp_path):
             assert (found["error"], found["category"]) == ("ValidationError", "validation")
             assert f"X-Request-ID: {found['request_id']}" in head
         assert get(port, "/") == (200, "ok")
+    log = (tmp_path / "gunicorn.log").read_text()
+    assert log.count("cannot be read") == 7
+    assert "hunter2" not in log

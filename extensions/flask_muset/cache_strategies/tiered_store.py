@@ -173,6 +173,7 @@ class TieredStore(Changing):
             unasked, self._unasked = self._unasked, set()
         if len(unasked) >= _MOST_UNASKED:
             self.memory.clear()
+            return
         for key in unasked:
             self.memory.drop(key)
 

@@ -28,6 +28,7 @@ __all__ = [
     "answer_of",
     "category_of",
     "constant_body",
+    "csp_source",
     "page",
     "preferred_type",
     "render",
@@ -38,6 +39,12 @@ JSON_TYPE = "application/json"
 PROBLEM_TYPE = "application/problem+json"
 HTML_TYPE = "text/html"
 
+
+def csp_source(text: str) -> str:
+    """What stands in a Content-Security-Policy for a script or a style inside a page."""
+    return f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'"
+
+
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:46rem;margin:12vh auto;padding:0 1rem;
 color:#1c2430;background:#fbfbfa}h1{font-size:1.6rem;margin:0 0 .5rem}p{margin:.5rem 0}
 code,td:first-child{font-family:ui-monospace,monospace}small{color:#5b6675}
@@ -46,7 +53,7 @@ border-bottom:1px solid #e3e6ea;vertical-align:top}a{color:#1a5fb4}
 @media(prefers-color-scheme:dark){body{color:#e6e9ee;background:#14181d}small{color:#9aa5b1}
 td,th{border-color:#2b323a}a{color:#78aeed}}"""
 #: What the style-src of a Content-Security-Policy needs, so that the pages look as they should.
-STYLE_SOURCE = f"'sha256-{b64encode(sha256(_STYLE.encode()).digest()).decode()}'"
+STYLE_SOURCE = csp_source(_STYLE)
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>

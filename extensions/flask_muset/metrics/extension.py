@@ -31,7 +31,7 @@ from flask_muset.metrics.port import keep_open
 from flask_muset.metrics.runtime import Sampled, resident_bytes
 from flask_muset.metrics.series import Families
 from flask_muset.metrics.store import Store
-from flask_muset.signals import cache_counters
+from flask_muset.signals import BREAKERS, cache_counters
 
 __all__ = [
     "Metrics",
@@ -71,6 +71,8 @@ class State:
         self.own_registry = CollectorRegistry()
         #: Database engines whose pools can say how much of them is used.
         self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
+        #: Whose links are shown from the start.
+        self.redis_clients: weakref.WeakSet[Any] = weakref.WeakSet()
         self.folder = folder()
         store = Store() if self.folder is None else _shared_store(self.folder)
         self.families = Families(store, config.namespace, config.max_series, self._archived)
@@ -126,6 +128,15 @@ class State:
         gate: Gate | None = None if app is None else app.extensions.get(GATE)
         if gate is not None:
             families["requests_in_flight"].get().set(float(gate.in_flight))
+        self._show_states(app)
+
+    def _show_states(self, app: Flask | None) -> None:
+        """Changes are told as well; this is for what has not changed, or by time alone."""
+        for client in self.redis_clients:
+            self.listeners.show_link(client.name, client.state)
+        if app is not None:
+            for name, state in app.extensions.get(BREAKERS, tuple)():
+                self.listeners.show_breaker(name, state)
 
     def exporter(self) -> Any:
         """See the function of this name."""
@@ -342,9 +353,10 @@ def instrument_redis(client: Any) -> None:
     Args:
         client: A `flask_muset.redis.GuardedRedis`.
     """
-    families = _families()
-    if families is not None:
-        measure_redis(families, client)
+    state = context.state(_KEY, "Metrics")
+    if state.families is not None:
+        measure_redis(state.families, client)
+        state.redis_clients.add(client)
 
 
 def instrument_httpx(client: Any) -> None:

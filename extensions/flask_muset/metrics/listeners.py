@@ -1,13 +1,14 @@
 """What the other extensions tell, counted."""
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flask_muset.metrics.series import Families, Histogram
 from flask_muset.metrics.store import UNITS, Cell
 from flask_muset.signals import (
     BreakerEvent,
+    BreakerState,
     ErrorEvent,
     LinkEvent,
     PolicyEvent,
@@ -61,23 +62,29 @@ class Listeners:
     def on_breaker(self, sender: Any, *, event: BreakerEvent, **_: Any) -> None:
         """Show a breaker's new state."""
         if self._concerns(sender):
-            self._show("circuit_breaker_state", event.name, event.new)
-            self._families["circuit_breaker_state"].get(event.name, str(event.old)).set(
-                float(event.old == event.new)
-            )
+            self.show_breaker(event.name, event.new)
+
+    def show_breaker(self, name: str, state: str) -> None:
+        """Show the state of a circuit breaker."""
+        self._show("circuit_breaker_state", state, BreakerState, name)
 
     def on_link(self, sender: Any, *, event: LinkEvent, **_: Any) -> None:
         """Show the new state of a link to Redis."""
         if self._concerns(sender):
-            for state in ("up", "doubt", "down"):
-                self._families["redis_link_state"].get(event.name, state).set(0.0)
-            self._show("redis_link_state", event.name, event.state)
+            self.show_link(event.name, event.state)
+
+    def show_link(self, name: str, state: str) -> None:
+        """Show the state of a link to Redis."""
+        self._show("redis_link_state", state, ("up", "doubt", "down"), name)
 
     def on_sharing(self, sender: Any, *, event: SharingEvent, **_: Any) -> None:
         """Show whether all workers agree."""
         if self._concerns(sender):
-            for state in ("shared", "doubt", "local"):
-                self._families["shared_state"].get(state).set(float(state == event.state))
+            self._show("shared_state", event.state, ("shared", "doubt", "local"))
+
+    def _show(self, family: str, state: str, states: Iterable[str], *labels: str) -> None:
+        for each in states:
+            self._families[family].get(*labels, str(each)).set(float(each == state))
 
     def count_cache(self, operation: str, status: str, duration_s: float | None) -> None:
         """Count an operation on the app's cache, and how long a read took.
@@ -102,9 +109,10 @@ class Listeners:
 
     def _operation(self, key: tuple[str, str]) -> Cell:
         number, has_own = self._families["cache_operations_total"].find(key)
+        cell: Cell = number.cell
         if has_own:
-            self._operations[key] = number.cell
-        return number.cell  # type: ignore[no-any-return]
+            self._operations[key] = cell
+        return cell
 
     def on_write_behind(self, sender: Any, *, event: WriteBehindEvent, **_: Any) -> None:
         """Show how much waits to be written behind."""
@@ -112,6 +120,3 @@ class Listeners:
             self._families["write_behind_pending"].get().set(event.pending)
             self._families["write_behind_oldest_seconds"].get().set(event.oldest_s)
             self._families["write_behind_dead_letters"].get().set(event.dead_letters)
-
-    def _show(self, family: str, name: str, state: str) -> None:
-        self._families[family].get(name, str(state)).set(1.0)

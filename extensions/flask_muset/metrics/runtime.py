@@ -9,12 +9,11 @@ import _thread  # noqa: F401 - `original` looks it up
 import logging
 import os
 import sys
-import time  # noqa: F401 - the same
+import time
 import traceback
 import weakref
 from collections.abc import Callable
 
-from flask_muset.clock import SYSTEM
 from flask_muset.locks import is_patched, original
 
 __all__ = ["HubWatch", "Sampled", "resident_bytes", "watch_hub"]
@@ -68,8 +67,8 @@ class HubWatch:
         self._log = log or _log_delay
         self._sampled: weakref.WeakSet[Sampled] = weakref.WeakSet()
         self._longest = [0.0, 0.0]
-        self._window_ends = SYSTEM.now() + _WINDOW_S
-        self._due = SYSTEM.now() + interval_s
+        self._window_ends = time.monotonic() + _WINDOW_S
+        self._due = time.monotonic() + interval_s
         self._seen = ""
         self._log_from = 0.0
         self._thread = 0
@@ -93,12 +92,12 @@ class HubWatch:
         return max(self._longest)
 
     def _measure(self) -> None:
-        """Runs in a greenlet."""
+        """Runs in a greenlet, by real time, whatever a test has made of the clock."""
         sample_at = 0.0
         while True:
-            self._due = SYSTEM.now() + self._interval_s
-            SYSTEM.sleep(self._interval_s)
-            now = SYSTEM.now()
+            self._due = time.monotonic() + self._interval_s
+            time.sleep(self._interval_s)
+            now = time.monotonic()
             self.note(max(0.0, now - self._due), now)
             if now >= sample_at:
                 sample_at = now + _SAMPLE_EVERY_S
@@ -120,7 +119,7 @@ class HubWatch:
         """Runs in a native thread and must touch nothing that belongs to gevent."""
         while self.pid == os.getpid():
             self._native_sleep(self._interval_s)
-            if not self._seen and SYSTEM.now() - self._due > _LOG_ABOVE_S:
+            if not self._seen and time.monotonic() - self._due > _LOG_ABOVE_S:
                 frame = sys._current_frames().get(self._thread)
                 self._seen = "".join(traceback.format_stack(frame)[-12:]) if frame else ""
                 del frame

@@ -1,7 +1,6 @@
 """Resilience: policies for what a service depends on, and limits for its requests."""
 
 from flask_muset.deadline import deadline
-from flask_muset.resilience.breaker_state import BreakerState
 from flask_muset.resilience.budget import RetryBudget
 from flask_muset.resilience.bulkhead import Bulkhead
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
@@ -20,6 +19,7 @@ from flask_muset.resilience.rate_limit import Hit, RateLimit
 from flask_muset.resilience.recovery import ErrorRecovery
 from flask_muset.resilience.retrying import RetryStrategy, retry, retry_async, retry_call
 from flask_muset.resilience.timeout import Timeout
+from flask_muset.signals import BreakerState
 
 __all__ = [
     "UNLIMITED",

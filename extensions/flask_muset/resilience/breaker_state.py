@@ -1,25 +1,14 @@
-"""The states of circuit breakers, and what the breakers of several processes have in common."""
+"""What the circuit breakers of several processes have in common."""
 
 import math
-from enum import StrEnum
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from flask_muset.signals import BreakerEvent
+from flask_muset.signals import BreakerEvent, BreakerState
 
 if TYPE_CHECKING:
     from flask_muset.resilience.circuit_breaker import CircuitBreaker
 
-__all__ = ["BreakerState", "Busy", "Common", "Debt", "Lease", "Sharing"]
-
-
-class BreakerState(StrEnum):
-    """Whether calls are let through."""
-
-    CLOSED = "closed"
-    OPEN = "open"
-    HALF_OPEN = "half_open"
-    FORCED_OPEN = "forced_open"
-    FORCED_CLOSED = "forced_closed"
+__all__ = ["Busy", "Common", "Debt", "Lease", "Sharing"]
 
 
 class Common(NamedTuple):

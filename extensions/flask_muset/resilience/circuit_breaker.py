@@ -20,14 +20,7 @@ from flask_muset.configuration import (
 from flask_muset.deadline import Expired
 from flask_muset.errors import CircuitOpenError
 from flask_muset.locks import give_lock
-from flask_muset.resilience.breaker_state import (
-    BreakerState,
-    Busy,
-    Common,
-    Debt,
-    Lease,
-    Sharing,
-)
+from flask_muset.resilience.breaker_state import Busy, Common, Debt, Lease, Sharing
 from flask_muset.resilience.guards import (
     Call,
     Part,
@@ -35,7 +28,13 @@ from flask_muset.resilience.guards import (
     error_of,
 )
 from flask_muset.resilience.windows import FAILED, OK, SLOW, CountWindow, TimeWindow, Window
-from flask_muset.signals import BreakerEvent, Decision, breaker_changed, policy_decided
+from flask_muset.signals import (
+    BreakerEvent,
+    BreakerState,
+    Decision,
+    breaker_changed,
+    policy_decided,
+)
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -627,6 +626,11 @@ class CircuitBreaker(Part):
     def state(self) -> BreakerState:
         """The state now; an open breaker whose time has passed is half-open, called or not."""
         self._synchronise()
+        return self.known_state
+
+    @property
+    def known_state(self) -> BreakerState:
+        """The same as far as this process knows, without asking others."""
         now = self._clock.now()
         with self._lock:
             return self._seen(now)

@@ -2,7 +2,7 @@
 
 import math
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from ipaddress import ip_network
@@ -35,7 +35,9 @@ from flask_muset.resilience.request_limits import RequestLimits
 from flask_muset.resilience.retrying import RetryStrategy
 from flask_muset.resilience.timeout import Timeout
 from flask_muset.signals import (
+    BREAKERS,
     BreakerEvent,
+    BreakerState,
     Decision,
     PolicyEvent,
     SharingEvent,
@@ -245,6 +247,7 @@ class Resilience:
         for name, (policy, declared) in self._declared.items():
             state.policies[name] = state.parts_of(policy, declared)
         context.attach(app, _KEY, "Resilience", state)
+        app.extensions[BREAKERS] = partial(_known_states, app)
         self._apps.add(app)
         for policy, _ in self._declared.values():
             policy.is_bound = True
@@ -352,19 +355,30 @@ def _breaker_called(app: Flask, name: str) -> CircuitBreaker:
     if name.startswith(_RECOVERY):
         found = state.recovery.breakers().get(name.removeprefix(_RECOVERY))
     else:
-        found = breaker_of(policies_of(app).get(name, ()))
+        found = _breakers_of(app).get(name)
     if found is None:
-        known = [known for known, parts in policies_of(app).items() if breaker_of(parts)]
-        raise ValueError(f"no policy {name!r} has a circuit breaker; use one of {sorted(known)}.")
+        raise ValueError(
+            f"no policy {name!r} has a circuit breaker; use one of {sorted(_breakers_of(app))}."
+        )
     return found
+
+
+def _breakers_of(app: Flask) -> dict[str, CircuitBreaker]:
+    """Those of an app, by the names of `policies_of`."""
+    found = {name: breaker_of(parts) for name, parts in policies_of(app).items()}
+    return {name: breaker for name, breaker in found.items() if breaker is not None}
+
+
+def _known_states(app: Flask) -> Iterator[tuple[str, BreakerState]]:
+    for breaker in _breakers_of(app).values():
+        yield breaker.name, breaker.known_state
 
 
 def _commands(app: Flask) -> Group:
     state: _State = app.extensions[_KEY]
 
     def look() -> Mapping[str, Mapping[str, Any]]:
-        breakers = {name: breaker_of(parts) for name, parts in policies_of(app).items()}
-        return {name: found.snapshot() for name, found in breakers.items() if found is not None}
+        return {name: breaker.snapshot() for name, breaker in _breakers_of(app).items()}
 
     def change(name: str, mode: str, expires_s: float | None) -> bool:
         if name.startswith(_RECOVERY):

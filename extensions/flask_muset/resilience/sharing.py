@@ -40,9 +40,9 @@ from flask_muset.locks import (
     run_beside,
 )
 from flask_muset.redis import GuardedRedis, Script
-from flask_muset.resilience.breaker_state import BreakerState, Busy, Common, Lease
+from flask_muset.resilience.breaker_state import Busy, Common, Lease
 from flask_muset.resilience.circuit_breaker import CircuitBreaker
-from flask_muset.signals import BreakerEvent
+from flask_muset.signals import BreakerEvent, BreakerState
 
 __all__ = ["SharedBreakers"]
 

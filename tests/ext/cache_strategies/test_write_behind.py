@@ -304,6 +304,38 @@ def test_write_through_waits_for_what_is_being_written(place):
     assert order == ["older", "newer"]
 
 
+_VIRTUAL = """
+import sys, time
+from flask import Flask
+from flask_muset import CacheStrategies
+from flask_muset.testing import virtual_clock
+app, written = Flask("x"), []
+app.config.update(json.loads(sys.argv[1]))
+cache = CacheStrategies(app)
+@cache.writer("slow")
+def slow(value):
+    written.append(("begun", value))
+    time.sleep(0.2)
+    written.append(("ended", value))
+with virtual_clock() as clock:
+    cache.write_behind("k", "older", slow, 60)
+    clock.advance(1)
+    cache.write_behind("other", "wakes", written.append, 60)
+    while ("begun", "older") not in written:
+        time.sleep(0.01)
+    cache.write_through("k", "newer", slow, 60)
+    result = {"now": clock.now, "k": [each for each in written if "wakes" not in each]}
+"""
+
+
+def test_under_a_virtual_clock_write_through_waits_as_well(tmp_path):
+    """The writer that it waits for works in real time; without that its claim would end early."""
+    config = {"CACHE_STRATEGIES_JOURNAL_PATH": str(tmp_path / "journal.db")}
+    result = run_patched(_VIRTUAL, json.dumps(config), timeout=30)
+    assert result["k"] == [[when, k] for k in ("older", "newer") for when in ("begun", "ended")]
+    assert result["now"] == 1_001
+
+
 def test_write_through_does_not_go_out_of_turn(place):
     """Where somebody else has the key for too long it says so and writes nothing."""
     shop, written = Shop(place, WRITE_TIMEOUT=0.05), []

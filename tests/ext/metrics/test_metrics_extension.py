@@ -14,6 +14,7 @@ from flask_muset.errors import NotFoundError
 from flask_muset.metrics import (
     Metrics,
     exporter,
+    instrument_redis,
     track_ai_request,
     track_cache_operation,
     track_database_query,
@@ -21,8 +22,11 @@ from flask_muset.metrics import (
     track_request,
 )
 from flask_muset.metrics.registry import METRICS
+from flask_muset.redis import GuardedRedis
+from flask_muset.resilience import CircuitBreaker, error_recovery
 from flask_muset.signals import (
     BreakerEvent,
+    BreakerState,
     Decision,
     LinkEvent,
     PolicyEvent,
@@ -378,12 +382,14 @@ def test_signals_of_other_apps_do_not_count():
 
 
 def test_breakers_and_links():
-    """The state that holds is 1, the one before 0."""
+    """The state that holds is 1, all others are 0."""
     app = make()
     breaker_changed.send(app, event=BreakerEvent("openai", "closed", "open"))
     redis_link_changed.send(app, event=LinkEvent("cache", "down"))
     found = shown(app)
-    assert found["circuit_breaker_state"] == {("openai", "open"): 1, ("openai", "closed"): 0}
+    assert found["circuit_breaker_state"] == {
+        ("openai", state): float(state == "open") for state in BreakerState
+    }
     assert found["redis_link_state"] == {
         ("cache", "down"): 1,
         ("cache", "up"): 0,
@@ -391,6 +397,35 @@ def test_breakers_and_links():
     }
     breaker_changed.send(app, event=BreakerEvent("openai", "open", "half_open"))
     assert shown(app)["circuit_breaker_state"][("openai", "open")] == 0
+
+
+def test_what_has_never_changed_is_shown():
+    """A breaker is closed and a link up before anything was told of them; time alone is seen."""
+    app, resilience = make(), Resilience()
+    resilience.init_app(app)
+    policy = resilience.policy("openai", CircuitBreaker("openai", failure_threshold=1))
+    client = GuardedRedis("redis://127.0.0.1:1")
+    with app.app_context():
+        error_recovery.get_circuit_breaker("mail")
+        instrument_redis(client)
+    with virtual_clock() as clock:
+        found = shown(app)
+        assert found["circuit_breaker_state"] == {
+            (name, state): float(state == "closed")
+            for name in ("openai", "mail")
+            for state in BreakerState
+        }
+        assert found["redis_link_state"][("redis", "up")] == 1
+        with pytest.raises(ConnectionError):
+            policy.call(fail)
+        assert shown(app)["circuit_breaker_state"][("openai", "open")] == 1
+        clock.advance(60)
+        found = shown(app)["circuit_breaker_state"]
+        assert (found[("openai", "open")], found[("openai", "half_open")]) == (0, 1)
+
+
+def fail():
+    raise ConnectionError
 
 
 def test_requests_in_flight_of_the_gate():

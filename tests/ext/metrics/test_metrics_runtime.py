@@ -73,6 +73,33 @@ def test_a_stack_is_logged_at_most_every_ten_seconds():
     assert [late for late, _ in told] == [0.4, 0.4]
 
 
+def test_a_virtual_clock_does_not_stop_the_hub():
+    """The watch sleeps in real time, so others go on, and what a test does to time is no delay."""
+    result = run_patched(
+        """
+        import time
+        from flask import Flask
+        from flask_muset.metrics import Metrics
+        from flask_muset.testing import virtual_clock
+
+        app = Flask("x")
+        Metrics(app)
+        with virtual_clock() as clock:
+            app.test_client().get("/metrics").close()
+            time.sleep(0.2)
+            clock.advance(100)
+            time.sleep(0.2)
+            now = clock.now
+        time.sleep(0.2)
+        delay = app.extensions["metrics"].families["hub_delay_seconds"].get().value
+        result = {"now": now, "delay": delay}
+        """,
+        timeout=30,
+    )
+    assert result["now"] == 1_100
+    assert result["delay"] < 10
+
+
 def test_nothing_starts_before_a_fork():
     """Neither a thread nor a hub exists before the first request; a forked worker has its own."""
     code = """
