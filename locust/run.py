@@ -23,10 +23,10 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
-from muset.objectives import OBJECTIVES, Kind, Verdict, judge, read_series
+from muset.objectives import MIN_SAMPLES, OBJECTIVES, Kind, Verdict, judge, read_series
 from open_loop import Plan, Result, percentile
 from stack import ROOT, Fault, MissingError, Stack, blank_server, running
-from verdict import Row, Scrapes, service_times, show
+from verdict import Row, Scrapes, headline, judge_service, service_times, show, too_few, verdict_of
 
 HERE = Path(__file__).parent
 #: The guide's numbers, and what is offered to show the second of them.
@@ -43,7 +43,6 @@ class Found:
     """What the three parts have shown.
 
     Attributes:
-        locust: The exit code of Locust.
         report: What it has counted.
         result: Of the constant rate.
         spare: Of the generator alone.
@@ -51,7 +50,6 @@ class Found:
         most: Requests at once, as the service has counted them.
     """
 
-    locust: int
     report: Mapping[str, Any]
     result: Result
     spare: Result
@@ -71,8 +69,8 @@ def generate(plan: Plan) -> Result:
     return Result(**json.loads(done.stdout))
 
 
-def run_locust(stack: Stack, users: int, seconds: float) -> tuple[int, Mapping[str, Any]]:
-    """The closed loop; gives the exit code and the counts."""
+def run_locust(stack: Stack, users: int, seconds: float) -> Mapping[str, Any]:
+    """The closed loop; gives what was counted and judged, which its exit code goes by."""
     report = stack.folder / "report.json"
     command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless"]
     command += ["--users", str(users), "--spawn-rate", str(max(10, users // 10))]
@@ -82,7 +80,8 @@ def run_locust(stack: Stack, users: int, seconds: float) -> tuple[int, Mapping[s
     done = subprocess.run(command, env=env, cwd=ROOT, check=False)  # noqa: S603 - Locust
     if not report.exists():
         raise RuntimeError(f"Locust ended with {done.returncode} before it could report.")
-    return done.returncode, json.loads(report.read_text(encoding="utf-8"))
+    found: Mapping[str, Any] = json.loads(report.read_text(encoding="utf-8"))
+    return found
 
 
 def _reads(stack: Stack, users: Sequence[int], rate: float, seconds: float) -> Plan:
@@ -151,21 +150,17 @@ def at_once(stack: Stack) -> tuple[Result, int]:
 
 def carry_out(stack: Stack, given: argparse.Namespace) -> Found:
     """All parts, one after the other."""
-    code, report = run_locust(stack, given.users, given.locust_seconds)
+    report = run_locust(stack, given.users, given.locust_seconds)
     with blank_server(stack.folder) as port:
         plan = _reads(stack, report["users"], SPARE * given.rate, 3)
         blank = Plan(**{**asdict(plan), "port": port, "marker": ""})
         spare = generate(blank)
     result = generate(_reads(stack, report["users"], given.rate, given.seconds))
     streams, most = at_once(stack)
-    return Found(code, report, result, spare, streams, most)
+    return Found(report, result, spare, streams, most)
 
 
 # --- judged ---------------------------------------------------------------------------------------
-
-
-def _verdict(holds: bool) -> Verdict:
-    return Verdict.HOLDS if holds else Verdict.MISSED
 
 
 def offered(found: Found, rate: float) -> list[Row]:
@@ -182,20 +177,25 @@ def offered(found: Found, rate: float) -> list[Row]:
     fit = f"{result.cpu:.0%} of a core, {_ms(result.lag_p95)} late (p95)"
     fit += f"; alone {spare.rate:.0f}/s with {spare.cpu:.0%}, p95 {_ms(spare.p95)}"
     is_fit = result.cpu < MAX_CPU and spare.rate > 0.98 * SPARE * rate
+    verdict = verdict_of(is_all and result.p95 < limit_s)
+    if sent < MIN_SAMPLES:
+        figure, verdict = too_few(sent), Verdict.NO_DATA
     return [
         Row(
             "Throughput",
             f"{rate:.0f}/s, p95 < 100 ms",
             figure,
-            _verdict(is_all and result.p95 < limit_s),
+            verdict,
+            objective="throughput",
         ),
         Row(
             "Concurrent requests",
             f"{AT_ONCE} at once",
             f"{found.most} at once, {whole} of {STREAMS} streams whole",
-            _verdict(found.most >= AT_ONCE and whole == STREAMS),
+            verdict_of(found.most >= AT_ONCE and whole == STREAMS),
+            objective="concurrency",
         ),
-        Row("The generator", f"below {MAX_CPU:.0%}", fit, _verdict(is_fit)),
+        Row("The generator", f"below {MAX_CPU:.0%}", fit, verdict_of(is_fit)),
     ]
 
 
@@ -209,7 +209,7 @@ def counted(found: Found, text: str) -> Row:
     sent = found.report["api"] + sum(statuses.values()) - statuses.get("unsent", 0)
     seen = next(one.samples for one in judge(text) if one.objective.key == "api")
     return Row("API requests, as `muset objectives`", "equal", f"{sent} and {seen}",
-               _verdict(sent == seen))  # fmt: skip
+               verdict_of(sent == seen))  # fmt: skip
 
 
 def compared(report: Mapping[str, Any]) -> Row:
@@ -223,29 +223,24 @@ def compared(report: Mapping[str, Any]) -> Row:
         f"and {_ms(inside.mean)}: nginx, waiting and Locust are {_ms(mean - inside.mean)}"
     )
     return Row("API times, users and service", "the service's lower", figure,
-               _verdict(bool(times) and inside.p95_above <= p95))  # fmt: skip
+               verdict_of(bool(times) and inside.p95_above <= p95))  # fmt: skip
 
 
-def objectives(stack: Stack) -> int:
-    """What `muset objectives` says; its exit code."""
-    command = [sys.executable, "-m", "muset.cli", "objectives", "--url"]
-    command.append(f"{stack.service_url}/metrics")
-    return subprocess.run(command, check=False, cwd=ROOT).returncode  # noqa: S603 - our own
+def judge_all(found: Found, text: str, rate: float) -> bool:
+    """Print everything; whether all of it holds.
 
-
-def judge_all(stack: Stack, found: Found, rate: float) -> bool:
-    """Print everything; whether all of it holds."""
-    text = scrape(stack)
-    rows = [*offered(found, rate), counted(found, text), compared(found.report)]
-    print("\nSince the start of the service, by `muset objectives`:", flush=True)
-    code = objectives(stack)
-    print(show("\nUnder offered load", rows))
-    seven = {one.objective.key: one.verdict for one in judge(text)}
-    seven["throughput"], seven["concurrency"] = rows[0].verdict, rows[1].verdict
-    held = sum(verdict is Verdict.HOLDS for verdict in seven.values())
-    print(f"\n{held} of {len(seven)} objectives hold; Locust's exit code is {found.locust}.")
-    is_bad = any(row.is_bad for row in rows)
-    return held == len(seven) and code == found.locust == 0 and not is_bad
+    Args:
+        found: What the parts have shown.
+        text: The service's metrics after all of them.
+        rate: That was offered, in requests a second.
+    """
+    whole = judge_service("since its start", text)
+    load = [*offered(found, rate), counted(found, text), compared(found.report)]
+    users = [Row(**row | {"verdict": Verdict(row["verdict"])}) for row in found.report["rows"]]
+    rows = [*users, *whole, *load]
+    print(show("\nSince the start of the service, as `muset objectives` sees it", whole))
+    print(show("\nUnder offered load", load), headline(rows), sep="\n\n", flush=True)
+    return not any(row.is_bad for row in rows)
 
 
 # --- started --------------------------------------------------------------------------------------
@@ -299,7 +294,7 @@ def main() -> int:
             print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
             for name, value in s.settings.items():
                 print(f"  {name}={value}", flush=True)
-            return 0 if judge_all(s, carry_out(s, given), given.rate) else 1
+            return 0 if judge_all(carry_out(s, given), scrape(s), given.rate) else 1
     except (MissingError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from muset.objectives import OBJECTIVES, Kind
+
 _USER = re.compile(r"/api/v1/users/\d+")
 _EVENTS = (
     'event: meta\ndata: {"model": "m"}\n\n'
@@ -14,6 +16,24 @@ _EVENTS = (
     'event: usage\ndata: {"input_tokens": 3, "output_tokens": 2}\n\n'
     'event: done\ndata: {"status": "answered"}\n\n'
 )
+
+
+def healthy_metrics(count):
+    """The metrics of a service in which every objective holds, by so many operations of each."""
+    lines = []
+    for one in OBJECTIVES:
+        labels = ",".join(f'{name}="{value.replace("*", "x")}"' for name, value in one.only)
+        if one.kind is Kind.LATENCY:
+            lines += [
+                f'{one.metric}_bucket{{{labels},le="{le}"}} {count}' for le in (one.limit, "inf")
+            ]
+            lines += [
+                f"{one.metric}_count{{{labels}}} {count}",
+                f"{one.metric}_sum{{{labels}}} 0.1",
+            ]
+        elif one.kind is Kind.HIT_RATE:
+            lines.append(f'{one.metric}{{{labels},status="hit"}} {count}')
+    return "".join(f"{line}\n".replace("{,", "{") for line in lines)
 
 
 class ScriptedService:
