@@ -3,8 +3,8 @@
     locust -f locust/locustfile.py --headless --users 100 --spawn-rate 10 --run-time 1m
 
 MUSET_URL (or --host) is the service, http://127.0.0.1:8080 without it; MUSET_KEY a key of an admin.
-LOAD_SHAPE takes one of the shapes of `shapes.py`. The exit code is 0 only if every objective but those
-of offered load was measured and holds, and both sides have counted the same.
+LOAD_SHAPE takes one of the shapes of `shapes.py`. The exit code is 0 only if every objective but
+those of offered load was measured and holds, and both sides have counted the same.
 """
 
 import json
@@ -413,7 +413,9 @@ def judge(api: Api, run: Run, *, times_decide: bool) -> None:
 
 @events.quitting.add_listener
 def report(environment: Environment, **_: Any) -> None:
-    """Write the rows beside Locust's own files."""
+    """Judge what Ctrl-C has ended, and write the rows beside Locust's own files."""
+    # Locust itself would stop the users only when it has settled its exit code.
+    environment.runner.stop()
     run, options = Current.run, environment.parsed_options
     if not run.rows or options is None:
         return
