@@ -44,7 +44,8 @@ SHAPE = os.environ.get("LOAD_SHAPE") or ""
 USERS, DOCUMENTS, SEARCHES, QUESTIONS, ZIPF = 200, 50, 100, 50, 1.1
 #: Requests a second that come whatever has become of those before.
 PROBE_RATE = float(os.environ.get("LOAD_PROBE_RATE") or 20)
-#: Seconds that users have to end what they have begun, so that both sides count the same.
+#: Seconds that users have to end what they have begun, so that both sides count the same; Locust's
+#: --stop-timeout takes its place.
 STOP_S = 45
 
 USER_ROUTE = "/api/v1/users/<int:user_id>"
@@ -66,6 +67,7 @@ class Run:
     """One run: what is there to be read, what was counted, and what has come of it."""
 
     tally: Tally = field(default_factory=Tally)
+    stop_s: float = STOP_S
     users: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     before: str = ""
@@ -90,18 +92,23 @@ def exchange(
     client: FastHttpSession, method: str, path: str, name: str, **options: Any
 ) -> Iterator[Any]:
     """Send a request and count its answer; what refuses and says when to come back is no error."""
-    tally = Current.run.tally
-    with client.request(
-        method, path, name=name, headers=HEADERS | options.pop("headers", {}),
-        catch_response=True, **options,
-    ) as response:  # fmt: skip
-        status = response.status_code
-        if status < 400 and response.request_meta["exception"] is None and status:
-            yield response
-        else:
-            _count_error(tally, response, name)
-            yield None
-        tally.count(status, is_question=name == ASK_ROUTE)
+    tally, began = Current.run.tally, time.perf_counter()
+    try:
+        with client.request(
+            method, path, name=name, headers=HEADERS | options.pop("headers", {}),
+            catch_response=True, **options,
+        ) as response:  # fmt: skip
+            status = response.status_code
+            if status < 400 and response.request_meta["exception"] is None and status:
+                yield response
+            else:
+                _count_error(tally, response, name)
+                yield None
+            tally.count(status, is_question=name == ASK_ROUTE)
+    except gevent.GreenletExit:
+        # Who is stopped while he begins has sent nothing yet; the others have had their time.
+        tally.cut += time.perf_counter() - began > Current.run.stop_s / 2
+        raise
 
 
 def _count_error(tally: Tally, response: Any, name: str) -> None:
@@ -316,7 +323,8 @@ def probe(environment: Environment, run: Run) -> None:
             user_id = rng.choices(run.users, weights(len(run.users)))[0]
             running.spawn(read, user_id, began + due_s)
     finally:
-        running.join(STOP_S)
+        running.join(environment.stop_timeout)
+        running.kill()
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -345,7 +353,7 @@ def prepare(environment: Environment) -> Run:
     Raises:
         ApiError: The service cannot be used so.
     """
-    run = Run()
+    run = Run(stop_s=environment.stop_timeout)
     api = Api(environment.host or HOST, KEY, run.tally)
     run.before = api.scrape()
     run.ledger = api.usage()
@@ -368,13 +376,20 @@ def begin(environment: Environment, **_: Any) -> None:
     Current.run.probe = gevent.spawn(probe, environment, Current.run)
 
 
+@events.test_stopping.add_listener
+def end_probe(environment: Environment, **_: Any) -> None:
+    """The constant rate ends beside the users, in the same time."""
+    if Current.run.probe is not None:
+        Current.run.probe.kill(block=False)
+
+
 @events.test_stop.add_listener
 def end(environment: Environment, **_: Any) -> None:
     """Let everything come to rest, then compare and judge."""
     run = Current.run
     if run.probe is None:
         return
-    run.probe.kill(timeout=STOP_S)
+    run.probe.join()
     shape = environment.shape_class
     if getattr(shape, "has_faults", False):
         restore()

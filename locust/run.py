@@ -2,9 +2,10 @@
 
     python locust/run.py
 
-It starts its own stack on free ports (`stack.py`), takes less than three minutes, prints the seven
-objectives, and ends with 0 only if all of them hold and both sides have counted the same. 1 means
-that something does not hold, 2 that a program is missing or a part did not start.
+It starts its own stack on free ports (`stack.py`), ends within three minutes whatever happens,
+prints the seven objectives, and ends with 0 only if all of them hold and both sides have counted
+the same. 1 means that something does not hold or was cut short, 2 that a program is missing or a
+part failed.
 """
 
 import argparse
@@ -14,12 +15,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,62 @@ AT_ONCE, PER_SECOND = (int(o.limit) for o in OBJECTIVES if o.kind is Kind.OFFERE
 RATE, CONNECTIONS, STREAMS = 1.1 * PER_SECOND, 128, 128
 #: What the generator may take of one core, and how many times the rate it must be able to send.
 MAX_CPU, SPARE = 0.25, 3
+#: Seconds that everything may take, and those of them that are left for the end of the stack.
+LIMIT_S, ENDING_S = 180.0, 20.0
 #: What is left over is given so long to end by itself.
-_END_S = 20.0
+_END_S = 5.0
+#: Users have so long to end what they have begun.
+_STOP_S = 10
+
+
+class CutShortError(Exception):
+    """A part took too long; the text says which."""
+
+
+class Bounds:
+    """What may take how long: each part for itself, and all of them together.
+
+    A signal ends what goes on, whatever it waits for. When hardly any time is left all children
+    are killed, so that nothing can wait for one of them any longer.
+
+    Args:
+        limit_s: From now on, for everything.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self._began = time.monotonic()
+        self._limit_s = limit_s
+        self._arm_end()
+
+    def _left_s(self) -> float:
+        return self._began + self._limit_s - time.monotonic()
+
+    def _arm(self, act: Callable[..., None], wait_s: float) -> None:
+        signal.signal(signal.SIGALRM, act)
+        # 0 would mean never.
+        signal.setitimer(signal.ITIMER_REAL, max(wait_s, 0.001))
+
+    def _arm_end(self) -> None:
+        self._arm(_kill_children, self._left_s() - _END_S)
+
+    @contextmanager
+    def part(self, title: str, limit_s: float) -> Iterator[None]:
+        """Cut the block short after so many seconds, or when only those for the end are left.
+
+        Raises:
+            CutShortError: In the block, when its time is over.
+        """
+
+        def cut(*_: object) -> None:
+            self._arm_end()
+            passed_s = time.monotonic() - self._began
+            raise CutShortError(f"Cut short {passed_s:.0f} s after the start: {title}.")
+
+        self._arm(cut, min(limit_s, self._left_s() - ENDING_S))
+        try:
+            yield
+        finally:
+            self._arm_end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +111,32 @@ class Found:
     most: int
 
 
-def generate(plan: Plan) -> Result:
-    """Carry a plan out in a process of its own."""
-    done = subprocess.run(  # noqa: S603 - our own file
-        [sys.executable, str(HERE / "open_loop.py")],
-        input=json.dumps(asdict(plan)),
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return Result(**json.loads(done.stdout))
+def generate(folder: Path, plan: Plan, watch: Callable[[], None] = lambda: None) -> Result:
+    """Carry a plan out in a process of its own.
+
+    Args:
+        folder: For the plan and the result.
+        plan: What to send.
+        watch: Called some times a second meanwhile.
+
+    Raises:
+        RuntimeError: It could not be carried out.
+    """
+    given, result = folder / "plan.json", folder / "result.json"
+    given.write_text(json.dumps(asdict(plan)), encoding="utf-8")
+    command = [sys.executable, str(HERE / "open_loop.py")]
+    with given.open() as stdin, result.open("w") as stdout:
+        process = subprocess.Popen(command, stdin=stdin, stdout=stdout)  # noqa: S603 - our own file
+    try:
+        while process.poll() is None:
+            watch()
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode:
+        raise RuntimeError(f"the generator ended with {process.returncode}.")
+    return Result(**json.loads(result.read_text(encoding="utf-8")))
 
 
 def run_locust(stack: Stack, users: int, seconds: float) -> Mapping[str, Any]:
@@ -74,7 +144,7 @@ def run_locust(stack: Stack, users: int, seconds: float) -> Mapping[str, Any]:
     report = stack.folder / "report.json"
     command = [sys.executable, "-m", "locust", "-f", str(HERE / "locustfile.py"), "--headless"]
     command += ["--users", str(users), "--spawn-rate", str(max(10, users // 10))]
-    command += ["--run-time", f"{seconds:.0f}s", "--only-summary"]
+    command += ["--run-time", f"{seconds:.0f}s", "--stop-timeout", str(_STOP_S), "--only-summary"]
     env = os.environ | stack.environ() | {"LOAD_REPORT": str(report)}
     env.pop("LOAD_SHAPE", None)
     done = subprocess.run(command, env=env, cwd=ROOT, check=False)  # noqa: S603 - Locust
@@ -116,11 +186,17 @@ def _streams(stack: Stack) -> Plan:
 
 
 def scrape(stack: Stack) -> str:
-    """The service's metrics, past nginx."""
+    """The service's metrics, past nginx.
+
+    Raises:
+        RuntimeError: It does not answer.
+    """
     connection = HTTPConnection(stack.service_url.removeprefix("http://"), timeout=10)
     try:
         connection.request("GET", "/metrics")
         return connection.getresponse().read().decode()
+    except (OSError, HTTPException) as error:
+        raise RuntimeError(f"the service does not show its metrics ({error!r}).") from None
     finally:
         connection.close()
 
@@ -133,30 +209,25 @@ def _active(text: str) -> int:
 
 def at_once(stack: Stack) -> tuple[Result, int]:
     """Open all streams, and watch how many are served at the same time."""
-    found: list[Result] = []
+    active = [0]
     # So that the last has begun before the first is at its end.
     stack.upstream.script([Fault("slow_first_token", times=0, delay=2)])
-    thread = threading.Thread(target=lambda: found.append(generate(_streams(stack))))
-    thread.start()
-    most = 0
-    while thread.is_alive():
-        most = max(most, _active(scrape(stack)))
-        time.sleep(0.1)
-    thread.join()
-    if not found:
-        raise RuntimeError("the streams could not be opened.")
-    return found[0], most
+    found = generate(stack.folder, _streams(stack), lambda: active.append(_active(scrape(stack))))
+    return found, max(active)
 
 
-def carry_out(stack: Stack, given: argparse.Namespace) -> Found:
+def carry_out(stack: Stack, given: argparse.Namespace, bounds: Bounds) -> Found:
     """All parts, one after the other."""
-    report = run_locust(stack, given.users, given.locust_seconds)
-    with blank_server(stack.folder) as port:
+    with bounds.part("users in a loop", given.locust_seconds + 40):
+        report = run_locust(stack, given.users, given.locust_seconds)
+    with bounds.part("the generator alone", 20), blank_server(stack.folder) as port:
         plan = _reads(stack, report["users"], SPARE * given.rate, 3)
         blank = Plan(**{**asdict(plan), "port": port, "marker": ""})
-        spare = generate(blank)
-    result = generate(_reads(stack, report["users"], given.rate, given.seconds))
-    streams, most = at_once(stack)
+        spare = generate(stack.folder, blank)
+    with bounds.part("the constant rate", given.seconds + 20):
+        result = generate(stack.folder, _reads(stack, report["users"], given.rate, given.seconds))
+    with bounds.part("all at once", 30):
+        streams, most = at_once(stack)
     return Found(report, result, spare, streams, most)
 
 
@@ -265,6 +336,12 @@ def _children() -> set[int]:
     return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
+def _kill_children(*_: object) -> None:
+    for pid in _children():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def end_what_is_left() -> None:
     """End the processes that nobody else will.
 
@@ -286,15 +363,24 @@ def main() -> int:
     """Start the stack, carry all out, and say what holds."""
     given = _parse()
     signal.signal(signal.SIGTERM, _stop)
+    bounds = Bounds(LIMIT_S)
     try:
         with (
             tempfile.TemporaryDirectory(prefix="muset-load-") as folder,
-            running(Path(folder)) as s,
+            ExitStack() as parts,
         ):
+            with bounds.part("the start", 60):
+                s = parts.enter_context(running(Path(folder)))
             print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
             for name, value in s.settings.items():
                 print(f"  {name}={value}", flush=True)
-            return 0 if judge_all(carry_out(s, given), scrape(s), given.rate) else 1
+            found = carry_out(s, given, bounds)
+            with bounds.part("the verdict", 15):
+                is_good = judge_all(found, scrape(s), given.rate)
+            return 0 if is_good else 1
+    except CutShortError as error:
+        print(error, file=sys.stderr)
+        return 1
     except (MissingError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -216,6 +216,7 @@ def judge_counts(
             ", ".join(f"{value:.0f} {what}" for what, value in pending.items()),
             verdict_of(not any(pending.values())),
         ),
+        Row("Requests that were cut short", "none", str(tally.cut), verdict_of(not tally.cut)),
     ]
 
 
