@@ -31,7 +31,7 @@ from locust.runners import LocalRunner
 
 from shapes import make_shape, restore
 from tally import Api, ApiError, Tally
-from verdict import Row, Scrapes, add_to_html, judge_counts, judge_run, show, write_rows
+from verdict import Row, Scrapes, add_to_html, cut_short, judge_counts, judge_run, show, write_rows
 
 _log = logging.getLogger(__name__)
 
@@ -420,6 +420,7 @@ def judge(api: Api, run: Run, *, times_decide: bool) -> None:
             break
         gevent.sleep(0.5)
     run.scrapes = scrapes
+    counts.append(cut_short(run.tally))
     loaded = Scrapes(run.seeded, scrapes.after)
     objectives = judge_run(run.tally, loaded, times_decide=times_decide)
     run.rows = [*objectives, *counts]

