@@ -349,7 +349,8 @@ def main() -> int:
         ):
             with bounds.part("the start", 60):
                 s = parts.enter_context(running(Path(folder)))
-            print(f"The service is at {s.url}, with 2 workers of {os.cpu_count()} cores and:")
+            print(f"The service is at {s.url}, its metrics are at {s.service_url}/metrics;")
+            print(f"it has 2 workers of {os.cpu_count()} cores and:")
             for name, value in s.settings.items():
                 print(f"  {name}={value}", flush=True)
             rows = carry_out(s, given, bounds)
