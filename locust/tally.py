@@ -27,6 +27,7 @@ class Tally:
         statuses: Answers of `/api/` by status; 0 for none at all.
         api: Answers of `/api/` but for questions.
         times: Seconds by group: `api`, `ai` (a model answered), `probe` (from when it was due).
+        cut: Requests that were not waited for at the end.
         refused: Answers with 429 or 503 that said when to come back.
         errors: Other answers that were none, by what was wrong.
         questions: Those that must have left a row in the ledger.
@@ -41,6 +42,7 @@ class Tally:
     times: dict[str, list[float]] = field(
         default_factory=lambda: {"api": [], "ai": [], "probe": []}
     )
+    cut: int = 0
     refused: int = 0
     errors: Counter[str] = field(default_factory=Counter)
     questions: int = 0

@@ -9,11 +9,12 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
 
 from muset.objectives import (
+    MIN_SAMPLES,
     OBJECTIVES,
     Kind,
     Objective,
@@ -25,10 +26,23 @@ from muset.objectives import (
 from open_loop import percentile
 from tally import Tally
 
-__all__ = ["Row", "Scrapes", "add_to_html", "judge_counts", "judge_run", "show", "write_rows"]
+__all__ = [
+    "Row",
+    "Scrapes",
+    "ServiceTimes",
+    "add_to_html",
+    "cut_short",
+    "headline",
+    "judge_counts",
+    "judge_run",
+    "judge_service",
+    "service_times",
+    "show",
+    "too_few",
+    "verdict_of",
+    "write_rows",
+]
 
-#: A share of fewer operations says little.
-_MIN_SAMPLES = 100
 #: Share of answers that may be errors.
 _MAX_ERRORS = 0.01
 
@@ -43,6 +57,7 @@ class Row:
         figure: What was found.
         verdict: Whether it holds.
         decides: Whether the exit code depends on it.
+        objective: The key of the objective that it judges, if it judges one.
     """
 
     title: str
@@ -50,11 +65,12 @@ class Row:
     figure: str
     verdict: Verdict
     decides: bool = True
+    objective: str = ""
 
     @property
     def is_bad(self) -> bool:
-        """Whether it makes the run fail."""
-        return self.decides and self.verdict is Verdict.MISSED
+        """Whether it makes the run fail; what has not been measured has not been shown."""
+        return self.decides and self.verdict is not Verdict.HOLDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +100,14 @@ class Scrapes:
         return +found
 
 
-def _verdict(holds: bool) -> Verdict:
+def verdict_of(holds: bool) -> Verdict:
+    """The verdict on what can be judged."""
     return Verdict.HOLDS if holds else Verdict.MISSED
+
+
+def too_few(samples: int) -> str:
+    """The figure of what cannot be judged."""
+    return f"not enough requests: {samples}, needed {MIN_SAMPLES}"
 
 
 def _of(key: str) -> Objective:
@@ -93,42 +115,55 @@ def _of(key: str) -> Objective:
 
 
 def _latency(title: str, objective: Objective, times: Sequence[float]) -> Row:
-    if len(times) < _MIN_SAMPLES:
-        return Row(title, objective.target, f"{len(times)} samples", Verdict.NO_DATA)
+    row = Row(title, objective.target, "", Verdict.NO_DATA, objective=objective.key)
+    if len(times) < MIN_SAMPLES:
+        return replace(row, figure=too_few(len(times)))
     share = sum(t < objective.limit for t in times) / len(times)
     figure = (
         f"{share:.1%}, p50 {_ms(percentile(times, 0.5))}, p95 {_ms(percentile(times, 0.95))}, "
         f"p99 {_ms(percentile(times, 0.99))}, {len(times)} samples"
     )
-    return Row(title, objective.target, figure, _verdict(share >= objective.share))
+    return replace(row, figure=figure, verdict=verdict_of(share >= objective.share))
 
 
 def _ms(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
-def judge_run(tally: Tally, scrapes: Scrapes, *, has_faults: bool = False) -> list[Row]:
+def judge_service(title: str, exposition: str, since: str = "") -> list[Row]:
+    """The objectives that the service's own counts can tell.
+
+    Args:
+        title: Put behind the objective's.
+        exposition: In Prometheus' text format.
+        since: An earlier one, to judge only by what has happened since then.
+    """
+    rows = []
+    for found in judge(exposition, since):
+        one, is_judged = found.objective, found.verdict is not Verdict.NO_DATA
+        figure = f"{found.figure}, {found.samples} samples" if is_judged else too_few(found.samples)
+        if one.kind is not Kind.OFFERED_LOAD:
+            row = Row(f"{one.title}, {title}", one.target, figure, found.verdict, objective=one.key)
+            rows.append(row)
+    return rows
+
+
+def judge_run(tally: Tally, scrapes: Scrapes, *, times_decide: bool = True) -> list[Row]:
     """The objectives as far as this run can tell, and the share of errors.
 
     Args:
         tally: What the clients have seen.
         scrapes: What the service has counted.
-        has_faults: Something was broken meanwhile: times are shown and decide nothing.
+        times_decide: False if something was broken meanwhile, or too little is asked on purpose:
+            the objectives are shown and decide nothing.
     """
     rows = [
         _latency("API, users in a loop", _of("api"), tally.times["api"]),
         _latency("API, a constant rate, from when due", _of("api"), tally.times["probe"]),
         _latency("AI, as users see it", _of("ai"), tally.times["ai"]),
+        *judge_service("in the service", scrapes.after, scrapes.before),
     ]
-    for found in judge(scrapes.after, scrapes.before):
-        if found.objective.kind is Kind.OFFERED_LOAD:
-            continue
-        figure = f"{found.figure}, {found.samples} samples"
-        title = f"{found.objective.title}, in the service"
-        rows.append(Row(title, found.objective.target, figure, found.verdict))
-    if has_faults:
-        rows = [Row(r.title, r.target, r.figure, r.verdict, decides=False) for r in rows]
-    return [*rows, _errors(tally)]
+    return [*(replace(row, decides=times_decide) for row in rows), _errors(tally)]
 
 
 def _errors(tally: Tally) -> Row:
@@ -137,7 +172,7 @@ def _errors(tally: Tally) -> Row:
     if wrong:
         figure += ": " + ", ".join(f"{n} {what}" for what, n in tally.errors.most_common(5))
     share = wrong / sent if sent else 0.0
-    return Row("Errors", "below 1 %", figure, _verdict(sent > 0 and share < _MAX_ERRORS))
+    return Row("Errors", "below 1 %", figure, verdict_of(sent > 0 and share < _MAX_ERRORS))
 
 
 def judge_counts(
@@ -162,27 +197,32 @@ def judge_counts(
             "Questions = rows of the ledger",
             "equal",
             f"{tally.questions} ({tally.answers} answered) and {rows}",
-            _verdict(tally.questions == rows),
+            verdict_of(tally.questions == rows),
         ),
         Row(
             "Tokens of answers = of the ledger",
             "equal" if is_whole else "not fewer there",
             f"{seen[0]} + {seen[1]} and {tokens[0]} + {tokens[1]}",
-            _verdict(is_same),
+            verdict_of(is_same),
         ),
         Row(
             "Answers by status = counted by the service",
             "equal",
             f"{_counts(ours)} and {_counts(theirs)}",
-            _verdict(ours == theirs),
+            verdict_of(ours == theirs),
         ),
         Row(
             "Writes that wait, or were given up",
             "none",
             ", ".join(f"{value:.0f} {what}" for what, value in pending.items()),
-            _verdict(not any(pending.values())),
+            verdict_of(not any(pending.values())),
         ),
     ]
+
+
+def cut_short(tally: Tally) -> Row:
+    """Whether everything that was asked was also waited for."""
+    return Row("Requests that were cut short", "none", str(tally.cut), verdict_of(not tally.cut))
 
 
 def _counts(statuses: Mapping[int, int]) -> str:
@@ -221,6 +261,16 @@ def service_times(key: str, scrapes: Scrapes) -> ServiceTimes:
 
 
 # --- shown and written ----------------------------------------------------------------------------
+
+
+def headline(rows: Sequence[Row]) -> str:
+    """How many objectives hold, each by all rows that judge it, and which rows do not."""
+    bad = [row for row in rows if row.is_bad]
+    missed = {row.objective for row in rows if row.verdict is not Verdict.HOLDS}
+    held = sum(one.key in {row.objective for row in rows} - missed for one in OBJECTIVES)
+    text = f"{held} of {len(OBJECTIVES)} objectives hold"
+    titles = ", ".join(f"{row.title} ({row.verdict.value})" for row in bad)
+    return f"{text}; what does not: {titles}." if bad else f"{text}, and so does all else."
 
 
 def show(title: str, rows: Iterable[Row]) -> str:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from prometheus_client.parser import text_string_to_metric_families
 
 __all__ = [
+    "MIN_SAMPLES",
     "OBJECTIVES",
     "Finding",
     "Kind",

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -11,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -25,7 +28,7 @@ sys.path.insert(0, str(LOCUST))
 import stack as load_stack
 from open_loop import Plan, percentile, run
 
-LOCUST_COMMAND = [sys.executable, "-m", "locust", "--headless", "--only-summary", "-f"]
+LOCUST_COMMAND = [sys.executable, "-m", "locust", "--only-summary", "-f"]
 
 
 @pytest.fixture
@@ -82,39 +85,15 @@ def stream_request(key, number):
 # --- the files ------------------------------------------------------------------------------------
 
 
-def test_the_file_of_the_guide():
-    """tests/locustfile.py has the users; without a key it says what is missing."""
-    found = locust("--list")
-    text, _ = found.communicate(timeout=60)
-    assert all(name in text for name in ("Reader", "Asker", "Listener")), text
-    found = locust("--run-time", "1s")
-    text, _ = found.communicate(timeout=60)
-    assert found.returncode == 1
+def test_what_the_file_refuses():
+    """A run without a key, and a shape that there is not."""
+    keyless, square = locust("--headless", "--run-time", "1s"), locust(LOAD_SHAPE="square")
+    text, _ = keyless.communicate(timeout=60)
+    assert keyless.returncode == 1
     assert "MUSET_KEY must be a key of an admin" in text
-
-
-def test_the_web_page():
-    """Without --headless Locust serves its page, which has the users."""
-    port = free_port()
-    command = [sys.executable, "-m", "locust", "-f", "tests/locustfile.py"]
-    command += ["--web-host", "127.0.0.1", "--web-port", str(port)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environ(MUSET_KEY="msk_x"), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 30
-        page = None
-        while page is None and time.monotonic() < until:
-            with contextlib.suppress(requests.ConnectionError):
-                page = requests.get(f"http://127.0.0.1:{port}/", timeout=10)
-            time.sleep(0.1)
-        assert page is not None
-        assert page.ok
-        assert "Listener" in page.text
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(20)
+    text, _ = square.communicate(timeout=60)
+    assert square.returncode != 0
+    assert "LOAD_SHAPE must be one of smoke" in text
 
 
 def test_shapes():
@@ -132,10 +111,6 @@ def test_shapes():
     for stages, _ in shapes.values():
         assert stages == sorted(set(stages))
     assert shapes["fault"][1] == 4
-    refused = locust("--list", LOAD_SHAPE="square")
-    text, _ = refused.communicate(timeout=60)
-    assert refused.returncode != 0
-    assert "LOAD_SHAPE must be one of smoke" in text
 
 
 # --- the constant rate ----------------------------------------------------------------------------
@@ -208,61 +183,89 @@ def test_what_is_lost_is_counted():
 # --- the exit code --------------------------------------------------------------------------------
 
 
-def test_the_exit_code_tells(tmp_path):
-    """It is 1 for an objective that is missed, for a row that is missing, for a wrong counter."""
-    services = {
-        "honest": ScriptedService(),
-        "slow": ScriptedService(delay_s=0.3),
-        "forgetful": ScriptedService(forgets=True),
-        "wrong": ScriptedService(miscounts=True),
-    }
-    words = ["--users", "10", "--spawn-rate", "10", "--run-time", "5s"]
-    files = ("csv", "html", "json-file")
-    try:
-        runs = {}
-        for name, service in services.items():
-            paths = {f: tmp_path / f"{name}-{f}" for f in files}
-            options = [word for f in files for word in (f"--{f}", str(paths[f]))]
-            report = {"LOAD_REPORT": str(tmp_path / name), "LOAD_PROBE_RATE": "50"}
-            runs[name] = locust(
-                *words, *options, MUSET_KEY="msk_x", MUSET_URL=service.url, **report
-            )
-        texts = {name: process.communicate(timeout=120)[0] for name, process in runs.items()}
-    finally:
-        for service in services.values():
+@dataclass
+class Ended:
+    """A run of Locust that is over."""
+
+    code: int
+    text: str
+    rows: list
+    page: str = ""
+
+    @property
+    def bad(self):
+        return {row["title"] for row in self.rows if row["verdict"] != "holds"}
+
+
+FILES = ("csv", "html", "json-file")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two at once: `healthy` ends by itself, `slow` is started by the page and ended by Ctrl-C."""
+    folder, port = tmp_path_factory.mktemp("runs"), free_port()
+    healthy, slow = ScriptedService(), ScriptedService(delay_s=0.3, hangs=True)
+    files = [word for name in FILES for word in (f"--{name}", str(folder / name))]
+    # Half of them ask, so that in so short a time enough is asked to judge by.
+    weights = [f'{{"user_class_name": "{name}", "weight": 1}}' for name in ("Reader", "Asker")]
+    many = ("--users", "90", "--spawn-rate", "90", "--run-time", "2s", "--config-users", *weights)
+    few = ("--users", "10", "--spawn-rate", "10", "--stop-timeout", "1", "--autostart")
+    web = ("--web-host", "127.0.0.1", "--web-port", str(port))
+    with (
+        started(healthy, folder / "healthy", "--headless", *many, *files) as first,
+        started(slow, folder / "slow", *few, *web) as second,
+    ):
+        slow.wait_for_reads(200)
+        page = requests.get(f"http://127.0.0.1:{port}/", timeout=10).text
+        second.send_signal(signal.SIGINT)
+        ended = over(first, folder / "healthy"), over(second, folder / "slow", page)
+    return SimpleNamespace(
+        healthy=ended[0], slow=ended[1], files={name: folder / name for name in FILES}
+    )
+
+
+@contextlib.contextmanager
+def started(service, report, *words):
+    """A run of Locust against a scripted service; both end with the block."""
+    settings = {"MUSET_KEY": "msk_x", "MUSET_URL": service.url, "LOAD_PROBE_RATE": "100"}
+    with locust(*words, LOAD_REPORT=str(report), **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
             service.close()
-    missed, codes = {}, {name: process.returncode for name, process in runs.items()}
-    for name in services:
-        rows = json.loads((tmp_path / name).read_text())["rows"]
-        missed[name] = {row["title"] for row in rows if row["verdict"] == "missed"}
-        # A busy machine may be slow at anything; it is the rows that decide, and nothing else.
-        assert codes[name] == (1 if missed[name] else 0), texts[name]
-    ledger, counted = "Questions = rows of the ledger", "Answers by status = counted by the service"
-    assert not missed["honest"] & {ledger, counted}, texts["honest"]
-    assert "API, a constant rate, from when due" in missed["slow"], texts["slow"]
-    assert ledger in missed["forgetful"], texts["forgetful"]
-    assert counted in missed["wrong"], texts["wrong"]
-    assert "Questions = rows" in (tmp_path / "slow-csv_objectives.csv").read_text()
-    assert "Questions = rows" in (tmp_path / "slow-html").read_text()
-    assert json.loads((tmp_path / "slow-json-file_objectives.json").read_text())
+
+
+def over(process, report, page=""):
+    text, _ = process.communicate(timeout=120)
+    return Ended(process.returncode, text, json.loads(report.read_text())["rows"], page)
+
+
+def test_what_holds_ends_with_0(runs):
+    """A service that does what it should, and all users; the rows stand in all files."""
+    found = runs.healthy
+    assert all(f'"{name}": ' in found.text for name in ("Asker", "Listener", "Reader")), found.text
+    # A busy machine may be slow at anything; it is the rows that decide, and nothing else.
+    assert found.code == (1 if found.bad else 0), found.text
+    assert all(
+        row["target"] not in ("equal", "none") for row in found.rows if row["title"] in found.bad
+    )
+    assert "Questions = rows" in Path(f"{runs.files['csv']}_objectives.csv").read_text()
+    assert "Questions = rows" in runs.files["html"].read_text()
+    assert json.loads(Path(f"{runs.files['json-file']}_objectives.json").read_text())
+
+
+def test_ctrl_c_on_the_page_ends_with_1(runs):
+    """What is missed, what is too little and what was cut short is so however a run ends."""
+    found = runs.slow
+    assert "Listener" in found.page
+    assert found.code == 1, found.text
+    assert {"API, a constant rate, from when due", "Requests that were cut short"} <= found.bad
+    (asked,) = [row for row in found.rows if row["title"] == "AI, as users see it"]
+    assert re.fullmatch(r"not enough requests: \d+, needed 100", asked["figure"])
 
 
 # --- the real stack -------------------------------------------------------------------------------
-
-
-def test_a_small_run(make_stack, tmp_path):
-    """Through nginx and two workers: no errors, and both sides have counted the same."""
-    stack = make_stack()
-    report = tmp_path / "report"
-    words = ["--users", "20", "--spawn-rate", "20", "--run-time", "5s"]
-    process = locust(*words, LOAD_REPORT=str(report), **stack.environ())
-    text, _ = process.communicate(timeout=120)
-    rows = {row["title"]: row for row in json.loads(report.read_text())["rows"]}
-    counts = [row for title, row in rows.items() if row["target"] in ("equal", "none")]
-    assert len(counts) == 4
-    assert {row["verdict"] for row in [*counts, rows["Errors"]]} == {"holds"}, text
-    found = run(plan(stack.port, [read_request(stack.key)], count=50, marker='"email"'))
-    assert (found.statuses, found.unmarked) == ({"200": 50}, 0)
 
 
 def children(pid):
@@ -271,22 +274,50 @@ def children(pid):
     return [one for child in below for one in (int(child), *children(int(child)))]
 
 
-def test_ctrl_c_ends_everything(tmp_path):
-    """Whatever make load has started is gone when it is."""
-    if load_stack.shutil.which("nginx", path=os.pathsep.join(load_stack._PLACES)) is None:
-        pytest.skip("nginx is not installed")
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory):
+    """A small `make load` that Ctrl-C ends after the constant rate."""
+    try:
+        load_stack.find("nginx")
+    except load_stack.MissingError as missing:
+        pytest.skip(str(missing))
+    folder = tmp_path_factory.mktemp("load")
+    words = ["--users", "10", "--locust-seconds", "1", "--rate", "200", "--seconds", "0.25"]
     process = subprocess.Popen(
-        [sys.executable, str(LOCUST / "run.py")], cwd=ROOT, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env=environ(TMPDIR=str(tmp_path)),
+        [sys.executable, str(LOCUST / "run.py"), *words], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=environ(TMPDIR=str(folder)),
     )  # fmt: skip
-    assert "The service is at" in process.stdout.readline()
+    lines = [process.stdout.readline()]
     started = children(process.pid)
-    assert len(started) >= 6
+    for line in process.stdout:
+        lines.append(line)
+        if "The generator" in line:
+            break
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=90)
-    assert process.returncode == 130
-    assert [pid for pid in started if Path(f"/proc/{pid}").exists()] == []
-    assert list(tmp_path.iterdir()) == []
+    left = [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    return SimpleNamespace(
+        text="".join(lines), code=process.returncode, started=started, left=left, folder=folder
+    )
+
+
+def test_a_small_run(interrupted):
+    """Through nginx and two workers: no errors, and both sides have counted the same."""
+    text = interrupted.text
+    _, _, counts = text.partition("Counts:\n")
+    verdicts = [line.split()[0] for line in counts.splitlines()[:5]]
+    assert verdicts == ["holds"] * 5, text
+    assert re.search(r"^  holds +Errors ", text, re.MULTILINE), text
+    assert "50 of 50 answered" in text
+
+
+def test_ctrl_c_ends_everything(interrupted):
+    """Whatever make load has started is gone when it is."""
+    assert "The service is at" in interrupted.text
+    assert len(interrupted.started) >= 6
+    assert interrupted.code == 130
+    assert interrupted.left == []
+    assert list(interrupted.folder.iterdir()) == []
 
 
 def test_without_nginx_it_says_so(tmp_path):
@@ -305,21 +336,29 @@ def test_without_nginx_it_says_so(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def make_load():
-    """One whole run, for all claims that it answers; gives its exit code and what it printed."""
-    done = subprocess.run(
-        [sys.executable, str(LOCUST / "run.py")], cwd=ROOT, env=environ(), capture_output=True,
-        text=True, timeout=400, check=False,
-    )  # fmt: skip
-    if done.returncode == 2:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    return done.returncode, done.stdout
+def make_load(tmp_path_factory):
+    """One whole run, for all claims that it answers, and a Prometheus that has watched it."""
+    command = [sys.executable, str(LOCUST / "run.py")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process, contextlib.ExitStack() as parts:
+        first = process.stdout.readline()
+        url = None
+        if first and shutil.which("prometheus") is not None:
+            (target,) = re.findall(r"http://([^/]+)/metrics", first)
+            url = parts.enter_context(prometheus(tmp_path_factory.mktemp("prometheus"), target))
+        text, errors = process.communicate(timeout=180)
+        if process.returncode == 2:
+            pytest.skip(errors.strip().splitlines()[-1])
+        yield SimpleNamespace(
+            code=process.returncode, text=first + text, prometheus=url, ended=time.time()
+        )
 
 
 def line(text, title):
-    """The row of this title under offered load, as people read it."""
-    part = text.partition("Under offered load")[2]
-    (found,) = re.findall(rf"^  \w.*{re.escape(title)}.*$", part, re.MULTILINE)
+    """The row of this title, as people read it."""
+    (found,) = re.findall(rf"^  \w+ +{re.escape(title)}.*$", text, re.MULTILINE)
     return " ".join(found.split())
 
 
@@ -327,7 +366,7 @@ def line(text, title):
 @pytest.mark.claim("make load: all seven objectives hold, and both sides have counted the same")
 def test_seven_objectives(make_load, prove):
     """By users in a loop, a constant rate, and 128 streams at once."""
-    code, text = make_load
+    code, text = make_load.code, make_load.text
     (held,) = re.findall(r"(\d of \d objectives hold)", text)
     prove.figure(f"{held}; {line(text, 'Concurrent requests')}; {line(text, 'API requests')}")
     assert code == 0, text
@@ -340,7 +379,7 @@ def test_seven_objectives(make_load, prove):
 )
 def test_throughput(make_load, prove):
     """With keys, limits, metrics and the access log, on two workers."""
-    _, text = make_load
+    text = make_load.text
     found = line(text, "Throughput")
     prove.figure(f"{found}; {line(text, 'The generator')}")
     assert found.startswith("holds"), text
@@ -408,47 +447,42 @@ def test_the_default_of_requests_at_once(make_stack, prove):
     assert int(answer.headers["Retry-After"]) >= 1
 
 
-#: Expressions of the dashboard that stay without data in a run without faults, and why.
-_QUIET = {"muset_metrics_overflow_total": "no metric has too many series"}
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "While the model fails 30 % of the time, and then Redis stands still for 10 s, 50 users and "
+    "the service count the same: questions, tokens, and answers by status"
+)
+def test_counts_under_faults(make_stack, prove):
+    """The shape `fault` through Locust, and its exit code."""
+    process = locust("--headless", LOAD_SHAPE="fault", **make_stack().environ())
+    text, _ = process.communicate(timeout=180)
+    prove.figure("; ".join(line(text, title) for title in ("Questions", "Answers", "Errors")))
+    assert process.returncode == 0, text
 
 
 @pytest.mark.full_only
 @pytest.mark.claim(
-    "Every expression of the dashboard has data in a real Prometheus that scrapes the service "
-    "under load and faults, but for those that say why they have none"
+    "Every expression of the dashboard has data in a real Prometheus that has scraped make load"
 )
-def test_the_dashboard_has_data(make_stack, prove, tmp_path):
-    """The shape `fault`: the model fails, Redis stands still, users go on."""
-    if shutil.which("prometheus") is None:
+def test_the_dashboard_has_data(make_load, prove):
+    """A number, which NaN is none of, at the end of the run."""
+    if make_load.prometheus is None:
         prove.missing("prometheus")
-    stack = make_stack()
-    with prometheus(tmp_path, stack.service_url.removeprefix("http://")) as url:
-        process = locust(LOAD_SHAPE="fault", **stack.environ())
-        text, _ = process.communicate(timeout=180)
-        # Otherwise nothing has gone wrong that a client would see.
-        assert requests.get(f"{stack.url}/api/v1/users", timeout=10).status_code == 401
-        time.sleep(4)
-        dashboard = json.loads((ROOT / "deploy" / "grafana" / "muset.json").read_text())
-        expressions = [
-            target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
-        ]
-        empty = []
-        for expression in expressions:
-            answer = requests.get(f"{url}/api/v1/query", params={"query": expression}, timeout=10)
-            found = answer.json()
-            assert found["status"] == "success", (expression, found)
-            if not found["data"]["result"]:
-                empty.append(expression)
-    quiet = [one for one in empty if any(name in one for name in _QUIET)]
-    prove.figure(
-        f"{len(expressions) - len(empty)} of {len(expressions)} have data; "
-        + "; ".join(
-            f"{name}: {why}" for name, why in _QUIET.items() if any(name in e for e in quiet)
-        )
-    )
-    assert [one for one in empty if one not in quiet] == [], text
-    assert "holds    Questions = rows of the ledger" in text
-    assert "holds    Answers by status = counted by the service" in text
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "muset.json").read_text())
+    expressions = [
+        target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", [])
+    ]
+    empty = []
+    for expression in expressions:
+        # A little earlier, when the service had not begun to end.
+        asked = {"query": expression, "time": make_load.ended - 8}
+        answer = requests.get(f"{make_load.prometheus}/api/v1/query", params=asked, timeout=10)
+        found = answer.json()
+        assert found["status"] == "success", (expression, found)
+        if all(math.isnan(float(one["value"][1])) for one in found["data"]["result"]):
+            empty.append(expression)
+    prove.figure(f"{len(expressions) - len(empty)} of {len(expressions)} have data")
+    assert empty == []
 
 
 @contextlib.contextmanager

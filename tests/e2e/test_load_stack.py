@@ -1,6 +1,7 @@
 """The stack of a load run is its own, and nothing of it is left."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,15 @@ def test_settings_of_another_deployment_stay_out(tmp_path, monkeypatch):
     assert given["PATH"]
 
 
+def locust_python(code):
+    """Run some code where the files of a load run are."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT / "locust",
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "extensions")])},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
 LEFT = """
 import subprocess, sys
 import run
@@ -44,9 +54,52 @@ print(len(before), run._children())
 
 def test_what_nobody_has_the_number_of_ends():
     """A process that a signal has cut off from whoever started it, a stubborn one, a dead one."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LEFT], cwd=ROOT / "locust",
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "extensions")])},
-        capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = locust_python(LEFT)
     assert done.stdout.split(maxsplit=1) == ["3", "set()\n"], done.stderr
+
+
+STUBBORN = """
+import contextlib, subprocess, sys
+import run
+run.LIMIT_S, run.ENDING_S, run._END_S = 2.0, 1.5, 0.5
+
+@contextlib.contextmanager
+def running(folder):
+    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(600)"
+    process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    try:
+        process.wait()
+        yield
+    finally:
+        process.terminate()
+        print(process.wait())
+
+run.running = running
+sys.argv = ["run.py"]
+sys.exit(run.main())
+"""
+
+
+def test_what_takes_too_long_is_cut_short():
+    """A part that does not end is said and fails the run; what does not end then is killed."""
+    done = locust_python(STUBBORN)
+    assert (done.returncode, done.stdout) == (1, "-9\n"), done.stderr
+    assert re.fullmatch(r"Cut short \d+ s after the start: the start\.\n", done.stderr)
+
+
+PARTS = """
+import time
+import run
+bounds = run.Bounds(600.0)
+for title, limit_s in (("the first", 60.0), ("the second", 0.1), ("the third", 60.0)):
+    with bounds.part(title, limit_s):
+        time.sleep(0.2)
+"""
+
+
+def test_each_part_has_its_own_time():
+    """The one that takes too long is named, and none that is in time is cut."""
+    done = locust_python(PARTS)
+    assert done.returncode == 1
+    assert re.search(r"CutShortError: Cut short \d+ s after the start: the second\.$", done.stderr)
