@@ -1,11 +1,11 @@
 """A service whose Redis is killed, stands still, or is cut off from it."""
 
 import contextlib
-import time
 
 import pytest
 import requests
 from redis_server import RedisServer, SlowWay
+from waiting import until
 
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays eggs."}
 
@@ -50,14 +50,6 @@ def redis(tmp_path):
     redis = Redis(tmp_path)
     yield redis
     redis.stop()
-
-
-def until(what, seconds=30):
-    """Wait for something to be true."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it has not come about"
-        time.sleep(0.05)
 
 
 def test_redis_is_away(make_service, redis):
