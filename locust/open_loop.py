@@ -96,12 +96,13 @@ class _Connection:
         self.sock = socket.create_connection(address, timeout=10)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.sock.setblocking(False)
-        self.due: float | None = None
+        self.due = 0.0
+        self.is_busy = False
         self._data = b""
 
     def send(self, request: bytes, due: float) -> None:
         """Send a request; it fits into the buffer of the socket, which is empty."""
-        self.due = due
+        self.due, self.is_busy = due, True
         if self.sock.send(request) != len(request):
             raise ValueError("a request is larger than the buffer of a socket; make it smaller.")
 
@@ -180,9 +181,9 @@ class _Run:
         status = data[9:12].decode("ascii", "replace") if _is_whole(data) else "lost"
         self._statuses[status] += 1
         self._unmarked += status == "200" and self._marker not in data
-        self._times.append(now - connection.due)  # type: ignore[operator]
+        self._times.append(now - connection.due)
         self._over += 1
-        connection.due = None
+        connection.is_busy = False
 
     def _read(self, connection: _Connection) -> None:
         try:
@@ -191,7 +192,7 @@ class _Run:
             data = b""
         if data is None:
             return
-        if connection.due is not None:
+        if connection.is_busy:
             self._take(connection, data, time.monotonic())
         if _is_whole(data):
             self._idle.append(connection)

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
@@ -181,7 +181,9 @@ def _end(process: "subprocess.Popen[bytes]") -> bool:
 
 
 @contextlib.contextmanager
-def _ending(process: "subprocess.Popen[bytes]", is_up: object, output: Path) -> Iterator[None]:
+def _ending(
+    process: "subprocess.Popen[bytes]", is_up: Callable[[], bool], output: Path
+) -> Iterator[None]:
     """Wait until it is up; end it with the block, by force if it takes too long.
 
     Raises:
@@ -189,7 +191,7 @@ def _ending(process: "subprocess.Popen[bytes]", is_up: object, output: Path) -> 
     """
     try:
         until = time.monotonic() + _START_S
-        while not is_up():  # type: ignore[operator]
+        while not is_up():
             if process.poll() is not None or time.monotonic() > until:
                 words = output.read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"{output.stem} did not start: {words}")

@@ -7,7 +7,7 @@ have measured, what only the service can know by the difference of two of its sc
 import csv
 import json
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from html import escape
@@ -249,9 +249,9 @@ class ServiceTimes:
 def service_times(key: str, scrapes: Scrapes) -> ServiceTimes:
     """The times of an objective's operations, as the service has measured them."""
     objective, series = _of(key), read_series(scrapes.after, scrapes.before)
-    within: Counter[float] = Counter()
+    within: defaultdict[float, float] = defaultdict(float)
     for _, labels, value in series_of(objective, series, "_bucket"):
-        within[float(labels["le"])] += value  # type: ignore[assignment]
+        within[float(labels["le"])] += value
     count = sum(value for _, _, value in series_of(objective, series, "_count"))
     total = sum(value for _, _, value in series_of(objective, series, "_sum"))
     bounds = [0.0, *sorted(within)]

@@ -5,7 +5,6 @@ Not among the tests of `make test`, because it needs the files in dist/.
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +16,7 @@ from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
+from redis_server import free_port
 
 ROOT = Path(__file__).parents[1]
 DIST = ROOT / "dist"
@@ -94,9 +94,7 @@ def test_installed(installed, tmp_path):
 
 def test_serve_in_an_empty_folder(installed, tmp_path):
     """`muset serve` of the wheel needs no file beside it, serves its page, and ends with 0."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     folder = tmp_path / "empty"
     folder.mkdir()
     log = tmp_path / "output.txt"

@@ -9,7 +9,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import redis
 import yaml
+from redis_server import executable, free_port
 
 from muset.settings import SETTINGS, load_settings
 
@@ -137,7 +139,7 @@ def test_every_container_has_few_rights():
 
 
 def test_what_a_stop_takes():
-    """Each waits longer for the next than that one takes."""
+    """Who closes a kept connection is nginx; each waits longer for the next than that one takes."""
     gunicorn = (ROOT / "muset" / "gunicorn.conf.py").read_text()
     graceful, keepalive = (
         int(re.search(rf"^{name} = (\d+)$", gunicorn, re.MULTILINE)[1])
@@ -155,15 +157,8 @@ def test_what_a_stop_takes():
 @pytest.mark.parametrize("name", ["journal", "cache"])
 def test_redis_takes_its_file(name, tmp_path):
     """As it stands there, with a folder and a port of this test."""
-    from redis_server import free_port
-
-    program = shutil.which("redis-server")
-    if program is None:
-        pytest.skip("redis-server is not installed")
-    import redis
-
     port, file = free_port(), DEPLOY / "redis" / f"{name}.conf"
-    command = [program, file, "--dir", tmp_path, "--port", str(port), "--bind", "127.0.0.1"]
+    command = [executable(), file, "--dir", tmp_path, "--port", str(port), "--bind", "127.0.0.1"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     client = redis.Redis(port=port, retry=redis.retry.Retry(redis.backoff.ConstantBackoff(0.1), 50))
     try:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from redis_server import free_port
+from waiting import until
 from wire import (
     DONE,
     EVENT_STREAM,
@@ -688,7 +689,7 @@ def test_no_token_for_the_idle_time():
             assert next(pieces) == Delta("Oaks ")
             with pytest.raises(OperationTimeoutError, match="main sent no token in time"):
                 next(pieces)
-            _until(lambda: left)
+            until(lambda: left)
         left.clear()
 
 
@@ -718,13 +719,6 @@ def test_without_a_deadline_the_first_token_has_its_time(monkeypatch):
 
 
 # --- connections ----------------------------------------------------------------------------------
-
-
-def _until(condition, seconds=10.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.005)
 
 
 def test_nothing_is_sent_before_it_is_asked_for():
@@ -792,7 +786,7 @@ def test_connections_that_nobody_uses_are_closed(monkeypatch):
         ask(wire, provider=provider)
         monkeypatch.setattr(connections, "_MAX_IDLE_S", 0.0)
         ask(wire, provider=provider)
-        _until(lambda: left)
+        until(lambda: left)
         assert wire.connections == 2
 
 
@@ -829,7 +823,7 @@ def _closed_while_waiting(provider, left):
     pieces.close()
     closed = time.monotonic()
     thread.join(10)
-    _until(lambda: left)
+    until(lambda: left)
     return errors[0], time.monotonic() - closed
 
 
@@ -925,7 +919,7 @@ def test_giving_up_under_gevent_closes_the_connection(prove):
         try:
             lines = iter(child.stdout.readline, "done\n")
             gave_up = dict(line.rstrip().split("=") for line in lines)
-            _until(lambda: len(closed) == 8)
+            until(lambda: len(closed) == 8)
         finally:
             child.kill()
             child.communicate()

@@ -5,6 +5,7 @@ import time
 
 import pytest
 from patched import run_patched
+from waiting import until
 
 from muset.services.shared_read import SharedRead
 
@@ -23,13 +24,6 @@ class Source:
         if number == 3:
             raise ConnectionError("away")
         return number
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 def test_nobody_gets_what_was_read_before_he_asked():

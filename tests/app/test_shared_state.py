@@ -5,6 +5,7 @@ import time
 import pytest
 from click.testing import CliRunner
 from redis_server import RedisServer
+from waiting import until
 
 from muset.app import create_app
 from muset.cli import main
@@ -30,14 +31,6 @@ def workers(environ, redis_server, services, end):
         end(app)
 
 
-def soon(look):
-    """What it says at last."""
-    until = time.monotonic() + 10
-    while not (found := look()) and time.monotonic() < until:
-        time.sleep(0.02)
-    return found
-
-
 def states(client, who):
     items = client.get("/api/v1/admin/policies", headers=who).json["items"]
     return {item["name"]: (item["state"], item["shared"]) for item in items}
@@ -52,23 +45,23 @@ def test_a_forced_breaker_holds_in_all_workers(workers, admin):
     """Forced in one worker it is open in the other, ends by itself, and `auto` ends it at once."""
     first, second = workers
     for client in workers:
-        assert soon(lambda c=client: ready(c) == ("ready", "shared"))
+        until(lambda c=client: ready(c) == ("ready", "shared"))
     path = "/api/v1/admin/policies/extractive"
     told = first.post(path, json={"mode": "open", "expires_s": 1.5}, headers=admin)
     assert (told.json["state"], told.json["shared"]) == ("forced_open", True)
-    assert soon(lambda: states(second, admin)["extractive"] == ("forced_open", True))
-    assert soon(lambda: states(second, admin)["extractive"] == ("closed", True))
+    until(lambda: states(second, admin)["extractive"] == ("forced_open", True))
+    until(lambda: states(second, admin)["extractive"] == ("closed", True))
     first.post(path, json={"mode": "closed"}, headers=admin)
-    assert soon(lambda: states(second, admin)["extractive"] == ("forced_closed", True))
+    until(lambda: states(second, admin)["extractive"] == ("forced_closed", True))
     second.post(path, json={"mode": "auto"}, headers=admin)
-    assert soon(lambda: states(first, admin)["extractive"] == ("closed", True))
+    until(lambda: states(first, admin)["extractive"] == ("closed", True))
 
 
 def test_the_command_line_reaches_the_workers(workers, environ, redis_server, admin):
     """A command forces and lists what the workers have; without Redis it says what to do."""
     settings = environ | {"REDIS_URL": redis_server.url}
     run = CliRunner()
-    assert soon(lambda: ready(workers[0]) == ("ready", "shared"))
+    until(lambda: ready(workers[0]) == ("ready", "shared"))
     done = run.invoke(main, ["policies", "set", "database", "open", "--expires=10m"], env=settings)
     assert (done.exit_code, done.output) == (0, "database is open for 10m.\n")
     done = run.invoke(main, ["policies", "list"], env=settings)
@@ -77,7 +70,7 @@ def test_the_command_line_reaches_the_workers(workers, environ, redis_server, ad
     assert (refused.status_code, refused.json["error"]) == (503, "CircuitOpenError")
     done = run.invoke(main, ["policies", "set", "database", "auto"], env=settings)
     assert done.exit_code == 0
-    assert soon(lambda: workers[0].get("/api/v1/users", headers=admin).status_code == 200)
+    until(lambda: workers[0].get("/api/v1/users", headers=admin).status_code == 200)
     alone = run.invoke(main, ["policies", "list"], env=environ)
     assert alone.exit_code == 1
     assert "REDIS_URL" in alone.output
@@ -86,15 +79,15 @@ def test_the_command_line_reaches_the_workers(workers, environ, redis_server, ad
 def test_ready_says_whose_state_it_is(workers, redis_server, admin):
     """Without Redis the workers go on with states of their own, and share again when it is back."""
     first, second = workers
-    assert soon(lambda: ready(first) == ("ready", "shared"))
+    until(lambda: ready(first) == ("ready", "shared"))
     redis_server.freeze()
-    assert soon(lambda: ready(first) == ("degraded", "local"))
+    until(lambda: ready(first) == ("degraded", "local"))
     path = "/api/v1/admin/policies/extractive"
     told = first.post(path, json={"mode": "open"}, headers=admin).json
     assert (told["state"], told["shared"]) == ("forced_open", False)
     redis_server.thaw()
-    assert soon(lambda: ready(first) == ("ready", "shared"))
-    assert soon(lambda: states(second, admin)["extractive"] == ("forced_open", True))
+    until(lambda: ready(first) == ("ready", "shared"))
+    until(lambda: states(second, admin)["extractive"] == ("forced_open", True))
 
 
 def test_a_limit_is_one_for_all_workers(environ, redis_server, services, admin, end):

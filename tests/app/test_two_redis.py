@@ -1,11 +1,10 @@
 """The service over two Redis: what is only cached may be lost, what was accepted is not."""
 
-import time
-
 import pytest
 from click.testing import CliRunner
 from redis_server import keys_of, running
 from sqlalchemy import text
+from waiting import until
 
 from flask_muset.cache_strategies import cache_manager
 from muset.app import create_app
@@ -41,14 +40,6 @@ def settings(environ, kept_server, cache_server):
     )
 
 
-def soon(look):
-    """What it says at last."""
-    until = time.monotonic() + 20
-    while not (found := look()) and time.monotonic() < until:
-        time.sleep(0.02)
-    return found
-
-
 def kinds(server):
     """What a Redis has keys of, without its probe's."""
     return {name.split(":")[2] for name in keys_of(server, "muset:default:*")}
@@ -61,7 +52,7 @@ def checks(client):
 def in_time(call):
     """The answer of a call that may be refused while a Redis comes back."""
     answers = []
-    assert soon(lambda: answers.append(call()) or answers[-1].status_code < 500), answers[-1].json
+    until(lambda: answers.append(call()) or answers[-1].status_code < 500)
     return answers[-1]
 
 
@@ -76,13 +67,13 @@ def test_what_was_accepted_outlives_both(
     assert client.post("/api/v1/documents", json=BEES, headers=member).status_code == 201
     assert client.put(me, json={"n": 1}, headers=member).status_code == 200
     assert client.post("/api/v1/ask", json=ASK, headers=member).status_code == 200
-    assert soon(lambda: set(checks(client).values()) == {"ok", "shared"})
+    until(lambda: set(checks(client).values()) == {"ok", "shared"})
     assert "w1" in kinds(kept_server)
     assert kinds(cache_server) <= {"c1", "l1", "t1"}
     assert "c1" in kinds(cache_server)
 
     cache_server.kill()
-    assert soon(lambda: checks(client)["cache_redis"] == "failed")
+    until(lambda: checks(client)["cache_redis"] == "failed")
     assert (checks(client)["redis"], checks(client)["state"]) == ("ok", "shared")
     assert client.get("/health/ready").json["status"] == "degraded"
     assert client.get(me, headers=member).json == {"n": 1}
@@ -99,7 +90,7 @@ def test_what_was_accepted_outlives_both(
     client = again.test_client()
     assert in_time(lambda: client.get(me, headers=member)).json == {"n": 2}
     with again.app_context():
-        assert soon(lambda: cache_manager.flush(timeout=10))
+        until(lambda: cache_manager.flush(timeout=10))
         assert cache_manager.dead_letters() == []
     assert rows(services, "SELECT data FROM preferences") == [('{"n": 2}',)]
     assert rows(services, "SELECT status FROM usage") == [("success",), ("success",)]

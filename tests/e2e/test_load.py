@@ -20,6 +20,7 @@ import pytest
 import requests
 from redis_server import free_port
 from scripted_service import ScriptedService
+from waiting import until
 
 ROOT = Path(__file__).parents[2]
 LOCUST = ROOT / "locust"
@@ -435,9 +436,7 @@ def test_the_default_of_requests_at_once(make_stack, prove):
     )  # fmt: skip
     thread = threading.Thread(target=lambda: found.append(run(streams)))
     thread.start()
-    until = time.monotonic() + 5
-    while stack.upstream.state["active"] < 100 and time.monotonic() < until:
-        time.sleep(0.05)
+    until(lambda: stack.upstream.state["active"] >= 100, 5)
     answer = requests.get(url, headers=headers, timeout=10)
     alive = requests.get(f"{stack.url}/health/live", timeout=10)
     thread.join()

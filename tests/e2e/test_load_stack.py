@@ -7,10 +7,11 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).parents[2]
-sys.path.append(str(ROOT / "locust"))
+sys.path.append(str(Path(__file__).parents[2] / "locust"))
 
-import stack  # noqa: E402 - it is no package
+import stack
+
+ROOT = stack.ROOT
 
 
 def test_settings_of_another_deployment_stay_out(tmp_path, monkeypatch):

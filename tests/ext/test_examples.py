@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import requests
 from redis_server import free_port
+from waiting import until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -41,11 +42,11 @@ def serve(name, folder, *options, **env):
             cwd=place, env=os.environ | env, start_new_session=True, stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        until = time.monotonic() + 30
+        end = time.monotonic() + 30
         while True:
             said = (folder / "gunicorn.log").read_text()
             assert process.poll() is None, said
-            assert time.monotonic() < until, said
+            assert time.monotonic() < end, said
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 break
             time.sleep(0.05)
@@ -134,7 +135,7 @@ def market():
 
 def test_recipes(tmp_path, market):
     """Over the app's own Cache one thread asks the market for all, and old prices outlive it."""
-    settings = {"RECIPES_MARKET_URL": market, "RECIPES_PRICES_EXPIRE": "1"}
+    settings = {"RECIPES_MARKET_URL": market, "RECIPES_PRICES_EXPIRE": "2"}
     threads = ("-k", "gthread", "--threads", "8")
     with serve("recipes", tmp_path, *threads, **settings) as (_, url):
         assert "porridge" in requests.get(url, timeout=30).text
@@ -149,10 +150,7 @@ def test_recipes(tmp_path, market):
             assert set(pool.map(pancakes, range(8))) <= {"MISS", "HIT"}
         assert Market.asked == 1
         Market.is_open = False
-        until = time.monotonic() + 30
-        while pancakes() != "STALE":
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        until(lambda: pancakes() == "STALE")
         assert Market.asked == 2
         assert requests.get(f"{url}/soup", timeout=30).status_code == 404
 
@@ -216,7 +214,5 @@ def test_cache():
     assert get("cup") == (4, "MISS")
     assert client.post("/sale").json == {"done": True}
     assert get("cup") == (4, "STALE")
-    until = time.monotonic() + 5
-    while get("cup")[0] != 2 and time.monotonic() < until:
-        time.sleep(0.01)
+    until(lambda: get("cup")[0] == 2)
     assert get("cup") == (2, "HIT")

@@ -15,6 +15,7 @@ import redis.exceptions
 from patched import run_patched
 from redis_server import RedisServer, SlowWay, free_port
 from redis_server import redis_server as redis_server
+from waiting import until
 
 from flask_muset import signals
 from flask_muset.deadline import deadline
@@ -54,15 +55,6 @@ def states():
 
     with signals.redis_link_changed.connected_to(note):
         yield seen
-
-
-def wait_until(condition, seconds=10):
-    """Seconds until a condition holds; fails when it does not."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not become so in time"
-        time.sleep(0.005)
-    return time.monotonic() - began
 
 
 # --- What it does ---------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def test_a_closed_client_begins_anew(redis_server, make):
     client, other = (make(redis_server.url, budget_s=EASY) for _ in range(2))
     first = client.execute("CLIENT", "ID")
     client.close()
-    wait_until(lambda: len(other.execute("CLIENT", "LIST").splitlines()) == 1)
+    until(lambda: len(other.execute("CLIENT", "LIST").splitlines()) == 1)
     assert client.execute("CLIENT", "ID") != first
 
 
@@ -189,7 +181,7 @@ def test_secrets_stay_secret(tmp_path, make, states, caplog):
             client.execute("GET", "k")
         assert caught.value.unavailable
         assert not caught.value.retryable
-        wait_until(lambda: client.state == "down")
+        until(lambda: client.state == "down")
         texts = [str(caught.value), repr(caught.value.__cause__), repr(client), caplog.text]
         assert states == ["doubt", "down"]
         assert caplog.text
@@ -215,10 +207,10 @@ def test_a_refused_port_costs_little(tmp_path, make, states):
     assert 0 < refused.value.retry_after_s < 3
     with pytest.raises(CircuitOpenError):
         client.check(0.25)
-    wait_until(lambda: client.state == "down")
+    until(lambda: client.state == "down")
     server.start()
     try:
-        wait_until(lambda: client.state == "up")
+        until(lambda: client.state == "up")
         assert client.execute("GET", "k") is None
         assert states == ["doubt", "down", "up"]
     finally:
@@ -241,10 +233,10 @@ def test_frozen_under_threads(redis_server, make, states, caplog):
         with pytest.raises(CircuitOpenError):
             client.execute("GET", "k")
     assert time.monotonic() - began < 1
-    wait_until(lambda: client.state == "down")
+    until(lambda: client.state == "down")
     time.sleep(0.5)  # several probes fail meanwhile
     redis_server.thaw()
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert client.execute("GET", "k") == b"v"
     assert states == ["doubt", "down", "up"]
     lines = [record.getMessage() for record in caplog.records if "link" in record.getMessage()]
@@ -260,7 +252,7 @@ def test_a_late_reply_is_read_by_nobody(redis_server, make):
     with pytest.raises(OperationTimeoutError):
         client.execute("ECHO", "late")
     way.delay_s = 0
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert client.execute("ECHO", "mine") == b"mine"
     way.close()
 
@@ -277,7 +269,7 @@ def test_a_restart_is_survived(redis_server, make, states):
     with pytest.raises(NetworkError):
         client.execute("GET", "k")
     redis_server.start()
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert client.execute("GET", "k") is None
 
 
@@ -306,12 +298,12 @@ def test_a_master_that_became_a_replica(redis_server, make, states, write):
     with pytest.raises(ExternalServiceError, match="read only") as caught:
         write(client)
     assert caught.value.unavailable
-    wait_until(lambda: client.state == "down")
+    until(lambda: client.state == "down")
     with pytest.raises(CircuitOpenError):
         client.execute("GET", "k")
     assert beside.execute("PING") == b"PONG"
     beside.execute("REPLICAOF", "NO", "ONE")
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert states == ["doubt", "down", "up"]
     assert client.execute("GET", "k") == b"old"
     assert client.execute("CLIENT", "ID") != before
@@ -337,7 +329,7 @@ def test_a_new_master_behind_the_same_address(redis_server, tmp_path_factory, ma
         way._target = ("127.0.0.1", other.port)
         with pytest.raises(ExternalServiceError, match="read only"):
             client.execute("SET", "k", "v")
-        wait_until(lambda: client.state == "up")
+        until(lambda: client.state == "up")
         assert ports(client) == [other.port] * 2
         assert client.execute("SET", "k", "v") == b"OK"
     finally:
@@ -349,7 +341,7 @@ def ports(client):
     """Which servers two connections lead to."""
     busy = threading.Thread(target=client.execute, args=("BLPOP", "nothing", "0.2"))
     busy.start()
-    wait_until(lambda: client.in_use == 1)
+    until(lambda: client.in_use == 1)
     one = client.execute("CONFIG", "GET", "port")
     busy.join()
     two = client.execute("CONFIG", "GET", "port")
@@ -362,7 +354,7 @@ def test_a_replica_before_version_7(redis_server, make, states):
     with pytest.raises(ExternalServiceError, match="READONLY") as caught:
         client.script(READ_ONLY_BEFORE_7, [])
     assert caught.value.unavailable
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert states == ["doubt", "up"]
 
 
@@ -373,7 +365,7 @@ def test_a_probe_that_may_not_write(redis_server, make):
     client = make(redis_server.url.replace("//", "//limited:secret@"), budget_s=EASY)
     with pytest.raises(ExternalServiceError, match="READONLY"):
         client.script(READ_ONLY_BEFORE_7, [])
-    wait_until(lambda: client.state == "up")
+    until(lambda: client.state == "up")
     assert client.execute("SET", "k", "v") == b"OK"
 
 
@@ -382,7 +374,7 @@ def test_saturation_keeps_the_link_up(redis_server, make, states):
     client = make(redis_server.url, budget_s=EASY, max_connections=1)
     busy = threading.Thread(target=client.execute, args=("BLPOP", "nothing", "0.4"))
     busy.start()
-    wait_until(lambda: client.in_use == 1)
+    until(lambda: client.in_use == 1)
     with pytest.raises(OverloadedError):
         client.check(0.05)
     assert client.execute("ECHO", "x") == b"x"
@@ -430,7 +422,7 @@ def test_a_lost_prober_is_replaced(make, tmp_path):
     client = make(server.url)
     with pytest.raises(NetworkError):
         client.execute("GET", "k")
-    wait_until(lambda: client.state == "down")
+    until(lambda: client.state == "down")
     client._link._prober = object()  # nobody has this one: the prober ends
     server.start()
     try:
@@ -439,7 +431,7 @@ def test_a_lost_prober_is_replaced(make, tmp_path):
         client._link._due -= 60
         with pytest.raises(CircuitOpenError):
             client.execute("GET", "k")
-        wait_until(lambda: client.state == "up")
+        until(lambda: client.state == "up")
     finally:
         server.kill()
 

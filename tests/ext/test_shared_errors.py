@@ -16,6 +16,7 @@ from flask import Flask, request
 from gunicorn_app import serve
 from patched import run_patched
 from redis_server import redis_server  # noqa: F401 - a fixture
+from waiting import until
 
 from flask_muset import ErrorHandler
 from flask_muset.error_handler import recent_errors
@@ -62,13 +63,6 @@ def counts(app, *, is_shared=True):
 
 def shared_of(app):
     return app.extensions["error_handler"].shared
-
-
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import time
 import pytest
 from gunicorn_app import serve
 from redis_server import free_port
+from waiting import until
 
 APP = """
 import time, sys
@@ -26,6 +27,7 @@ def index():
 
 @app.get("/slow")
 def slow():
+    print("slow has begun", file=sys.stderr, flush=True)
     time.sleep(1.5)
     return "draining" if sys.modules["flask_muset.worker"].draining() else "serving"
 """
@@ -41,12 +43,13 @@ def server(tmp_path):
         "def on_starting(server): server.handle_int = server.handle_term\n"
     )
     (tmp_path / "conf.py").write_text(config)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "gunicorn", "-c", "conf.py", "-b", f"127.0.0.1:{port}",
-         "-k", "flask_muset.worker.FairGeventWorker", "--keep-alive", "20",
-         "--no-control-socket", "fair_app:app"],
-        cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    with (tmp_path / "errors.txt").open("wb") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", "-c", "conf.py", "-b", f"127.0.0.1:{port}",
+             "-k", "flask_muset.worker.FairGeventWorker", "--keep-alive", "20",
+             "--no-control-socket", "fair_app:app"],
+            cwd=tmp_path, start_new_session=True, stderr=errors,
+        )  # fmt: skip
     for _ in range(200):
         with contextlib.suppress(OSError):
             get(port, "/")
@@ -205,39 +208,46 @@ def test_a_stop_waits_for_a_proxy_s_connections(server):
         assert process.wait(10) == 0
 
 
-def test_a_worker_without_a_master_ends_its_requests(server):
+def is_free(port):
+    """Whether a server could listen on it."""
+    with contextlib.suppress(OSError), socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+def test_a_worker_without_a_master_ends_its_requests(server, tmp_path):
     """kill -9 of the master: what runs is answered, and the port is free for another master."""
     process, port = server
+    errors = tmp_path / "errors.txt"
     answers = []
     thread = threading.Thread(target=lambda: answers.append(get(port, "/slow")))
     thread.start()
-    time.sleep(0.2)
+    until(lambda: "slow has begun" in errors.read_text())
     process.kill()
     process.wait()
     thread.join()
     assert answers[0][0] == 200
-    until = time.monotonic() + 10
-    while time.monotonic() < until:
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return
-        time.sleep(0.05)
-    pytest.fail("the worker still listens")
+    until(lambda: is_free(port))
+    assert "Parent changed" in errors.read_text()
 
 
 def test_recycled_workers_lose_no_request(tmp_path):
     """After a number of requests another process goes on; kept connections are told to close."""
     source = APP + "\n@app.get('/pid')\ndef pid():\n    import os\n    return str(os.getpid())\n"
     with serve(tmp_path, source, "--max-requests", "10", "--keep-alive", "5") as (_, port):
-        pids, until = set(), time.monotonic() + 30
+        pids = set()
+
+        def are_two():
+            assert ask(kept, "/")[0] == 200
+            status, pid = get(port, "/pid")
+            assert status == 200
+            pids.add(pid)
+            return len(pids) > 1
+
         with connect(port) as kept:
-            while len(pids) < 2 and time.monotonic() < until:
-                assert ask(kept, "/")[0] == 200
-                status, pid = get(port, "/pid")
-                assert status == 200
-                pids.add(pid)
-    assert len(pids) > 1
+            until(are_two)
 
 
 def test_a_worker_that_has_only_begun_hears_of_the_end(tmp_path):

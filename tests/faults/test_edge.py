@@ -1,6 +1,7 @@
 """What reaches the service from anybody: floods, clients that dawdle, bytes that are no HTTP."""
 
 import concurrent.futures
+import contextlib
 import json
 import random
 import socket
@@ -12,6 +13,7 @@ import pytest
 import requests
 from nginx_server import Nginx
 from services import Service
+from waiting import until
 
 #: Refusals of the service and of nginx that a request without a key may come to.
 REFUSALS = {400, 401, 404, 405, 408, 411, 413, 414, 415, 417, 422, 429, 431}
@@ -189,11 +191,7 @@ def check_answer(status, head, body):
 
 def seen_by(nginx, text):
     """How often its access log has a text; what it has not written yet comes within a second."""
-    count, until = -1, time.monotonic() + 1.5
-    while time.monotonic() < until:
-        count = sum(text in line for line in nginx.access_log())
-        time.sleep(0.1)
-    return count
+    return sum(text in line for line in nginx.access_log())
 
 
 @pytest.mark.claim(
@@ -219,14 +217,14 @@ def test_malformed_requests(edge, prove):
                     raise AssertionError(f"after {data[:500]!r}") from error
         assert set(watch.statuses) == {200}
     # A second request that nginx has seen is one that the client has sent, and no other is there.
-    assert service.output().count(_SMUGGLED) == seen_by(nginx, _SMUGGLED)
+    until(lambda: service.output().count(_SMUGGLED) == seen_by(nginx, _SMUGGLED))
 
 
 # --- Clients that dawdle, and many of them ------------------------------------------------------
 
 
-def dawdle(port, kind, until):
-    """One client that gives or takes a little at a time; returns the status that it was told."""
+def dawdle(port, kind, end):
+    """One client that gives or takes a little at a time, until it is refused."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=60) as sock:
             if kind == "headers":
@@ -241,7 +239,7 @@ def dawdle(port, kind, until):
                 sock.sendall(b"GET /api/v1/openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
                 piece = b""
-            while time.monotonic() < until:
+            while time.monotonic() < end:
                 if piece:
                     sock.sendall(piece)
                 time.sleep(0.3)
@@ -258,12 +256,12 @@ def test_slow_clients_and_a_flood(edge, prove):
     service, _ = edge
     each = 100 if prove.full else 15
     for name, port, url in ways(edge):
-        until = time.monotonic() + (15 if prove.full else 1.5)
+        end = time.monotonic() + (15 if prove.full else 1.5)
         kinds = ["headers", "body", "answer"] * each
         with Watch(url) as watch, concurrent.futures.ThreadPoolExecutor(len(kinds) + 1) as pool:
-            slow = [pool.submit(dawdle, port, kind, until) for kind in kinds]
+            slow = [pool.submit(dawdle, port, kind, end) for kind in kinds]
             opened = 0
-            while time.monotonic() < until:
+            while time.monotonic() < end:
                 with socket.create_connection(("127.0.0.1", port), timeout=30):
                     opened += 1
                 time.sleep(0.001)
@@ -277,3 +275,47 @@ def test_slow_clients_and_a_flood(edge, prove):
         )
         assert set(watch.statuses) == {200}
         assert watch.statuses[200] > 3
+
+
+#: A head whose body does not come: nginx waits for it before it asks the service.
+BODILESS = b"POST /api/v1/ask HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+
+
+@contextlib.contextmanager
+def connections(port, count):
+    """So many to a port, closed with the block."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=30))
+            for _ in range(count)
+        ]
+
+
+def test_more_connections_than_an_address_may_have(edge):
+    """512 of one address wait for a body; the next one is told to come back, in the usual form."""
+    _, nginx = edge
+    with connections(nginx.port, 512) as waiting:
+        for one in waiting:
+            one.sendall(BODILESS)
+        ((status, head, body),) = answers_of(nginx.port, BODILESS)
+    assert (status, json.loads(body)["category"]) == (429, "rate_limit")
+    assert b"Retry-After: 1" in head
+    until(lambda: requests.get(f"{nginx.url}/health/live", timeout=30).ok)
+
+
+@pytest.mark.full_only
+@pytest.mark.claim(
+    "A head or a body of which nothing comes for 10 s: nginx resets the connection and logs 408"
+)
+def test_what_does_not_come_to_an_end(edge, prove):
+    """Two clients that say no more in the middle of theirs; the service hears of neither."""
+    _, nginx = edge
+    began = time.monotonic()
+    with connections(nginx.port, 2) as clients:
+        for one, text in zip(clients, (b"GET /slow HTTP/1.1\r\n", BODILESS), strict=True):
+            one.sendall(text)
+        for one in clients:
+            with pytest.raises(ConnectionResetError):
+                one.recv(4096)
+    prove.figure(f"closed after {time.monotonic() - began:.1f} s")
+    until(lambda: sum(json.loads(line)["status"] == 408 for line in nginx.access_log()) == 2)

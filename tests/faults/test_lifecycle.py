@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-import re
+import os
 import signal
 import sqlite3
 import threading
@@ -11,7 +11,7 @@ import time
 import pytest
 import requests
 from load import Load
-from services import ROOT
+from waiting import until
 
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays eggs."}
 
@@ -49,19 +49,6 @@ class Bursts:
         except threading.BrokenBarrierError:
             return False
         return True
-
-
-def test_times_agree():
-    """Who closes a kept connection is nginx, and a worker that ends has the time to wait for it."""
-    nginx = (ROOT / "deploy" / "nginx" / "nginx.conf").read_text()
-    upstream = re.search(r"upstream muset \{(.*?)\n    \}", nginx, re.DOTALL)[1]
-    kept = int(re.search(r"keepalive_timeout (\d+)s;", upstream)[1])
-    code = (ROOT / "gunicorn.conf.py").read_text()
-    keepalive, graceful = (
-        int(re.search(rf"^{name} = (\d+)$", code, re.MULTILINE)[1])
-        for name in ("keepalive", "graceful_timeout")
-    )
-    assert kept < keepalive < graceful
 
 
 def replaced(service, nginx, seconds, act):
@@ -104,6 +91,7 @@ def test_reload_under_load(make_service, make_nginx, prove):
     )
     assert failed == [], (load.failures[:3], nginx.errors()[-2000:])
     assert len(workers) > 2
+    assert service.output().count("Booting worker") >= len(workers)
 
 
 @pytest.mark.full_only
@@ -125,6 +113,19 @@ def test_recycled_under_load(make_service, make_nginx, prove, workers):
     )
     assert failed == [], (load.failures[:3], nginx.errors()[-2000:])
     assert len(seen) > int(workers) + 1
+    assert "Autorestarting worker" in service.output()
+
+
+def test_a_killed_worker_is_replaced(make_service):
+    """SIGKILL: the master says so and starts another one, which has what was accepted."""
+    service = make_service()
+    service.start()
+    mine, (pid,) = f"{service.url}/api/v1/users/1/preferences", service.workers()
+    assert requests.put(mine, json={"n": 1}, headers=service.headers, timeout=30).ok
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: set(service.workers()) - {pid})
+    assert requests.get(mine, headers=service.headers, timeout=30).json() == {"n": 1}
+    assert "was sent SIGKILL" in service.output()
 
 
 def test_a_stop_says_so_first(make_service):
@@ -148,6 +149,7 @@ def test_a_stop_says_so_first(make_service):
     assert (503, "draining") in seen
     assert seen == sorted(seen), "it was ready again"
     assert service.wait() == 0
+    assert "Worker exiting" in service.output()
     with sqlite3.connect(service.data_dir / "data" / "muset.db") as database:
         (data,) = database.execute("SELECT data FROM preferences").fetchone()
     database.close()

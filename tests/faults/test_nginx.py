@@ -8,6 +8,7 @@ import time
 import pytest
 import requests
 from nginx_server import Nginx
+from waiting import until
 
 from muset.testing.upstream import Upstream
 
@@ -103,9 +104,7 @@ def test_in_front_of_the_service(make_service, make_nginx):
         assert b"event: done" in b"".join(piece for _, piece in pieces)
         assert len(pieces) > 3
         assert pieces[-1][0] - pieces[0][0] > 0.5
-        until = time.monotonic() + 10
-        while len(nginx.access_log()) < 4 and time.monotonic() < until:
-            time.sleep(0.1)
+        until(lambda: len(nginx.access_log()) == 4)
         nginx.stop()  # else the service waits for the connections that it keeps
         assert service.stop() == 0
     lines = [json.loads(line) for line in nginx.access_log()]

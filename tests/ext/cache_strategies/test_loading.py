@@ -13,6 +13,7 @@ import weakref
 
 import pytest
 from patched import run_patched
+from waiting import until
 
 from flask_muset.cache_strategies import loading
 from flask_muset.cache_strategies.codec import Codec
@@ -101,13 +102,6 @@ class Elsewhere(LocalStore):
 @pytest.fixture
 def rig(clock):
     return Rig()
-
-
-def until(condition, seconds=10):
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not become so in time"
-        time.sleep(0.002)
 
 
 # --- Options --------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from patched import run_patched
 from redis_server import RedisServer, SlowWay
+from waiting import until
 
 from flask_muset import redis as guarded
 from flask_muset.cache_strategies import redis_journal
@@ -147,14 +148,6 @@ def payloads(records):
 def cached(journal, key):
     found = journal.store.read(key)
     return None if found is None else found.payload
-
-
-def until(condition, seconds=20):
-    """Wait for something."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not become so in time"
-        time.sleep(0.005)
 
 
 def reached(journal):

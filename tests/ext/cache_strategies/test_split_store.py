@@ -8,6 +8,7 @@ import pytest
 from cache_worker import CacheWorker
 from flask import Flask
 from redis_server import keys_of, running
+from waiting import until
 
 from flask_muset import CacheStrategies
 from flask_muset.errors import CacheUnavailable
@@ -85,16 +86,6 @@ def entries(server):
     """The keys that a Redis has entries of."""
     prefix = "muset:default:c1:"
     return {key.removeprefix(prefix) for key in keys_of(server, f"{prefix}*")}
-
-
-def soon(condition):
-    """Whether something comes true within ten seconds."""
-    end = time.monotonic() + 10
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 # --- Which key is where
@@ -271,8 +262,8 @@ def test_the_cache_is_away(make, cache_server, way):
         cache_server.start()
     else:
         cache_server.thaw()
-    assert soon(lambda: shop.cache.set("page:2", 3))
-    assert soon(lambda: make().cache.get("page:2") == 3)
+    until(lambda: shop.cache.set("page:2", 3))
+    until(lambda: make().cache.get("page:2") == 3)
 
 
 @pytest.mark.claim("The journal's Redis is away: False, and reads of the cache do not ask it")
@@ -306,7 +297,7 @@ def test_the_journal_is_away(make, cache_server, journal_server, way):
         journal_server.start()
     else:
         journal_server.thaw()
-    assert soon(lambda: shop.cache.get("user:1") == "kept")
+    until(lambda: shop.cache.get("user:1") == "kept")
     assert shop.cache.flush(10) is True
     assert shop.source["user:1"] == "kept"
 
@@ -321,9 +312,9 @@ def test_both_are_away_and_come_back(make, cache_server, journal_server):
     assert shop.cache.invalidate("page:1") is False
     for server in (cache_server, journal_server):
         server.thaw()
-    assert soon(lambda: entries(cache_server) == entries(journal_server) == set())
-    assert soon(lambda: shop.put("user:1", "new"))
-    assert soon(lambda: shop.cache.set("page:1", "new"))
+    until(lambda: entries(cache_server) == entries(journal_server) == set())
+    until(lambda: shop.put("user:1", "new"))
+    until(lambda: shop.cache.set("page:1", "new"))
 
 
 # --- Several processes
@@ -353,10 +344,10 @@ def test_the_memories_of_all_processes_hear_of_changes(cache_server, journal_ser
             ):
                 assert a.run(f"result = {change}") is True
                 changed_at = time.monotonic()
-                assert soon(lambda: b.get(key) == number)  # noqa: B023
+                until(lambda key=key, number=number: b.get(key) == number)
                 longest = max(longest, time.monotonic() - changed_at)
                 in_memory = f"cache.get({key!r}); result = bool(state.store.peek({key!r}))"
-                assert soon(lambda: b.run(in_memory))  # noqa: B023
+                until(lambda code=in_memory: b.run(code))
         prove.figure(f"the last old read {longest * 1e3:.1f} ms after a change")
         if prove.full:
             assert longest < 0.1

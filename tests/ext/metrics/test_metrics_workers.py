@@ -18,6 +18,7 @@ import pytest
 from gunicorn_app import serve
 from prometheus_client.parser import text_string_to_metric_families
 from redis_server import free_port
+from waiting import until
 
 APP = """
 from flask import Flask, Response
@@ -243,15 +244,15 @@ def test_gauges_return_to_zero_when_a_worker_is_killed(tmp_path):
     own = free_port()
     active = ("muset_http_requests_active", ())
     with serve(tmp_path, APP, "-w", "2", config=HOOKS.format(port=own)) as (process, port):
-        wait_until(lambda: seen(own).get(("muset_workers", ())) == 2)
+        until(lambda: seen(own).get(("muset_workers", ())) == 2)
         assert seen(own)[active] == 0
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
-            wait_until(lambda: seen(own)[active] == 1)
+            until(lambda: seen(own)[active] == 1)
             for pid in workers_of(process.pid):
                 os.kill(pid, signal.SIGKILL)
-            wait_until(lambda: seen(own).get(active) == 0)
-            wait_until(lambda: seen(own).get(("muset_workers", ())) == 2)
+            until(lambda: seen(own).get(active) == 0)
+            until(lambda: seen(own).get(("muset_workers", ())) == 2)
 
 
 def test_a_port_in_use_does_not_stop_the_start(tmp_path):
@@ -268,7 +269,7 @@ def test_a_port_in_use_does_not_stop_the_start(tmp_path):
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5) as answer:
                 assert answer.status == 200
             taken.close()
-            wait_until(lambda: requests_by_status(seen(own)) == {"200": 1})
+            until(lambda: requests_by_status(seen(own)) == {"200": 1})
     log = (tmp_path / "gunicorn.log").read_text()
     assert log.count("METRICS_PORT: cannot listen") == 1
 
@@ -277,14 +278,14 @@ def test_requests_at_the_port_stay_with_the_master(tmp_path):
     """A worker that is forked while the port has a request does not answer it, nor end it."""
     own = free_port()
     with serve(tmp_path, APP, "--preload", config=HOOKS.format(port=own)) as (process, _):
-        wait_until(lambda: seen(own))
-        wait_until(lambda: workers_of(process.pid))
+        until(lambda: seen(own))
+        until(lambda: workers_of(process.pid))
         (worker,) = workers_of(process.pid)
         with socket.create_connection(("127.0.0.1", own), 5) as connection:
             seen(own)  # the one before it has been accepted
             os.kill(worker, signal.SIGKILL)
-            wait_until(lambda: set(workers_of(process.pid)) - {worker})
-            wait_until(lambda: (tmp_path / "gunicorn.log").read_text().count("Booting worker") == 2)
+            until(lambda: set(workers_of(process.pid)) - {worker})
+            until(lambda: (tmp_path / "gunicorn.log").read_text().count("Booting worker") == 2)
             time.sleep(0.5)
             os.kill(process.pid, signal.SIGSTOP)
             try:
@@ -308,7 +309,7 @@ def test_preloaded_app_on_another_worker_and_a_clean_end(tmp_path):
     with serve(tmp_path, app, *options, worker="gthread", config=config) as (process, port):
         for _ in range(20):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5).close()
-        wait_until(lambda: requests_by_status(seen(own)) == {"200": 20})
+        until(lambda: requests_by_status(seen(own)) == {"200": 20})
         process.terminate()
         assert process.wait(20) == 0
     assert list((tmp_path / "files").iterdir()) == []
@@ -341,7 +342,7 @@ def test_one_process_without_hooks(tmp_path):
     with serve(tmp_path, app, "--preload") as (_, port):
         for _ in range(3):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5).close()
-        wait_until(lambda: requests_by_status(seen(own)) == {"200": 3})
+        until(lambda: requests_by_status(seen(own)) == {"200": 3})
         assert requests_by_status(samples(scrape(port))) == {"200": 3}
 
 
@@ -394,10 +395,3 @@ assert "prometheus_client" not in __import__("sys").modules
     assert base() == tmp_path / name
     (tmp_path / name).chmod(0o777)
     assert base() != tmp_path / name
-
-
-def wait_until(condition, seconds=15):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)

@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+from waiting import until
 
 from flask_muset.clock import Clock
 from flask_muset.errors import OverloadedError, RateLimitError
@@ -148,14 +149,6 @@ def in_thread(fn):
     thread = threading.Thread(target=run)
     thread.start()
     return thread, results
-
-
-def until(condition):
-    """Wait for something that another thread does."""
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
 
 
 def test_one_too_many_is_refused_at_once():

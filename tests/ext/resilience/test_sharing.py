@@ -14,6 +14,7 @@ import pytest
 from flask import Flask
 from patched import run_patched
 from redis_server import RedisServer, SlowWay
+from waiting import until
 
 from flask_muset import Metrics, Resilience, feed
 from flask_muset.errors import CircuitOpenError, NetworkError
@@ -118,15 +119,6 @@ def is_refused(node):
     except CircuitOpenError:
         return True
     return False
-
-
-def until(condition, seconds=10):
-    """Seconds until a condition holds; fails when it does not."""
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not become so in time"
-        time.sleep(0.002)
-    return time.monotonic() - began
 
 
 def until_state(state, *nodes):
