@@ -415,8 +415,10 @@ def judge(api: Api, run: Run, *, times_decide: bool) -> None:
             "given up": scrapes.total("muset_write_behind_dead_letters"),
         }
         counts = judge_counts(run.tally, scrapes, ledger, pending)
-        # A stream is counted when its connection ends, gauges once a second.
-        if not any(row.is_bad for row in counts) or time.monotonic() > until:
+        # A stream is counted when its connection ends, gauges once a second; what was cut short is
+        # counted on one side alone.
+        is_settled = run.tally.cut or not any(row.is_bad for row in counts)
+        if is_settled or time.monotonic() > until:
             break
         gevent.sleep(0.5)
     run.scrapes = scrapes

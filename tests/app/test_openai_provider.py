@@ -33,6 +33,7 @@ from flask_muset import tracing
 from flask_muset.deadline import deadline
 from flask_muset.errors import (
     ExternalServiceError,
+    MusetError,
     OperationTimeoutError,
     OverloadedError,
     ValidationError,
@@ -72,7 +73,7 @@ def ask(wire, *, seconds=10.0, provider=None, question="How old are oaks?", **op
 
 
 def error_of(wire, **options):
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - whatever it is, it is looked at
+    with pytest.raises(MusetError) as caught:
         ask(wire, **options)
     return caught.value
 
