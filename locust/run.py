@@ -368,6 +368,8 @@ def main() -> int:
         return 130
     finally:
         end_what_is_left()
+        # Python lets go of its handlers while it ends; a signal would then end it by itself.
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":
