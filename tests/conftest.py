@@ -41,6 +41,13 @@ def pytest_addoption(parser):
     parser.addoption("--prove", action="store_true", help="run every claim at full size")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """Half as many again as there are cores, for tests that wait for processes use none."""
+    cores = os.cpu_count() or 1
+    return cores + cores // 2
+
+
 def pytest_configure(config):
     config.stash[_ROWS] = {}
 
