@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 from patched import run_apart
+from waiting import until
 
 from muset.testing.upstream import Upstream
 
@@ -177,7 +178,7 @@ def test_clients_that_leave(asked):
     for answer in answers:
         assert answer.headers["Content-Type"].startswith("text/event-stream")
         next(answer.iter_content(64))
-    assert upstream.state["active"] == 5
+    until(lambda: upstream.state["active"] == 5)
     for answer in answers:
         answer.close()
     seen = upstream.settled(20)
