@@ -70,7 +70,7 @@ class Bounds:
         signal.setitimer(signal.ITIMER_REAL, max(wait_s, 0.001))
 
     def _arm_end(self) -> None:
-        self._arm(_kill_children, self._left_s() - _END_S)
+        self._arm(lambda *_: _signal_children(signal.SIGKILL), self._left_s() - _END_S)
 
     @contextmanager
     def part(self, title: str, limit_s: float) -> Iterator[None]:
@@ -314,10 +314,10 @@ def _children() -> set[int]:
     return {int(pid) for task in tasks for pid in task.read_text().split()}
 
 
-def _kill_children(*_: object) -> None:
+def _signal_children(sign: signal.Signals) -> None:
     for pid in _children():
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, sign)
 
 
 def end_what_is_left() -> None:
@@ -327,9 +327,7 @@ def end_what_is_left() -> None:
     cut off `subprocess.run` does not wait for the end.
     """
     for sign in (signal.SIGTERM, signal.SIGKILL):
-        for pid in _children():
-            with suppress(ProcessLookupError):
-                os.kill(pid, sign)
+        _signal_children(sign)
         until = time.monotonic() + _END_S
         while _children() and time.monotonic() < until:
             with suppress(ChildProcessError):

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from click.testing import CliRunner
 from made_files import page, pdf
+from patched import run_patched
 
 from flask_muset.errors import AuthenticationError
 from muset.cli import main
@@ -173,8 +174,7 @@ def test_a_key_that_nobody_saw_does_not_hold(services):
 
 
 GEVENT = """
-from gevent import monkey; monkey.patch_all()
-import sys, time, gevent
+import sys, time
 from muset import migrations
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError, OverloadedError
@@ -259,25 +259,17 @@ except ValueError as error:
 else:
     raise AssertionError
 over.append(1); ticker.join()
-print("fine")
+result = "fine"
 """
 
 
 def test_database_under_gevent(tmp_path):
     """A slow query blocks no other greenlet, a cut one ends, and none waits for a busy hub."""
-    result = subprocess.run(
-        [sys.executable, "-c", GEVENT, str(tmp_path / "x.db")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert result.stdout.strip() == "fine", result.stderr
+    assert run_patched(GEVENT, tmp_path / "x.db") == "fine"
 
 
 NO_THREAD = """
-from gevent import monkey; monkey.patch_all()
-import sys, gevent
+import sys
 from flask_muset.resilience import Policy
 from muset.adapters import sqlite
 from sqlalchemy import text
@@ -296,20 +288,13 @@ for lacks in (True, False):
     except RuntimeError:
         assert lacks
 assert gevent.get_hub().join(timeout=5), "the hub waits for what nobody does"
-print("fine")
+result = "fine"
 """
 
 
 def test_a_thread_that_cannot_be_started(tmp_path):
     """Whoever wanted it gets the error, and nothing is left behind that keeps the hub running."""
-    result = subprocess.run(
-        [sys.executable, "-c", NO_THREAD, str(tmp_path / "x.db")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert result.stdout.strip() == "fine", result.stderr
+    assert run_patched(NO_THREAD, tmp_path / "x.db", timeout=60) == "fine"
 
 
 def test_backup_and_restore(run, tmp_path):

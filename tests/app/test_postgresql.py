@@ -2,8 +2,6 @@
 
 import contextlib
 import socket
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psycopg
 import pytest
 from click.testing import CliRunner
+from patched import run_patched
 from redis_server import free_port
 from sqlalchemy import text
 
@@ -57,8 +56,7 @@ def make(postgres_url):
 
 
 GEVENT = """
-from gevent import monkey; monkey.patch_all()
-import sys, time, gevent
+import sys, time
 from flask_muset.deadline import deadline
 from flask_muset.errors import OperationTimeoutError
 from flask_muset.resilience import Policy
@@ -144,17 +142,14 @@ database.check(10)
 gevent.joinall(sleepers, raise_error=True)
 assert database._engine.pool.checkedout() == 0
 over.append(1); ticker.join()
-print("fine")
+result = "fine"
 """
 
 
 def test_under_gevent(postgres_url):
     """Waits side by side; what is cut off is never kept, and its connection never used again."""
     url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
-    result = subprocess.run(
-        [sys.executable, "-c", GEVENT, url], capture_output=True, text=True, check=False, timeout=90
-    )
-    assert result.stdout.strip() == "fine", result.stderr
+    assert run_patched(GEVENT, url, timeout=90) == "fine"
 
 
 def test_a_statement_ends_with_the_time_of_its_request(make):
@@ -250,8 +245,7 @@ def test_a_full_pool_says_that_the_service_is_busy(make, monkeypatch):
 
 
 FULL = """
-from gevent import monkey; monkey.patch_all()
-import sys, gevent
+import sys
 from flask import Flask
 from flask_muset import Resilience
 from flask_muset.deadline import deadline
@@ -302,17 +296,14 @@ with app.app_context():
             pass
     assert policy.breaker.snapshot()["state"] == "open"
 database.close()
-print("fine")
+result = "fine"
 """
 
 
 def test_a_burst_that_fills_the_pool_opens_no_breaker(postgres_url):
     """A hundred that wait for the one connection until their time is up are refused as busy."""
     url = postgres_url.replace("postgresql://", "postgresql+psycopg://")
-    result = subprocess.run(
-        [sys.executable, "-c", FULL, url], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.stdout == "fine\n", result.stderr[-3000:]
+    assert run_patched(FULL, url, timeout=60) == "fine"
 
 
 def test_a_lost_race_is_tried_again(make, postgres_url):
