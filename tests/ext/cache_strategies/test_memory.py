@@ -1,5 +1,6 @@
 """The memory of one process: what it gives, what it refuses, which entries stay, and its cost."""
 
+import gc
 import inspect
 import json
 import os
@@ -515,18 +516,23 @@ def test_changing_one_entry_over_and_over_takes_no_room():
 
 
 def count_calls(fn):
-    """Calls of functions, of Python and of C, that a call makes: the same in each run."""
+    """Calls of functions, of Python and of C, that a call makes: the same in each run.
+
+    The collector is off meanwhile: it would count finalizers of whatever it finds.
+    """
     count, before = 0, sys.getprofile()
 
     def note(_frame, event, _argument):
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.disable()
     sys.setprofile(note)
     try:
         fn()
     finally:
         sys.setprofile(before)
+        gc.enable()
     return count
 
 
