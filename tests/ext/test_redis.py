@@ -9,6 +9,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 
 import pytest
 import redis.exceptions
@@ -33,12 +34,18 @@ EASY = 2.0
 
 
 @pytest.fixture
-def make():
+def mine():
+    """The name of the links of this test; those of tests before it may still have news."""
+    return f"redis of {uuid.uuid4()}"
+
+
+@pytest.fixture
+def make(mine):
     """GuardedRedis, closed afterwards."""
     with contextlib.ExitStack() as stack:
 
         def make(url, **options):
-            client = GuardedRedis(url, **options)
+            client = GuardedRedis(url, name=mine, **options)
             stack.callback(client.close)
             return client
 
@@ -46,12 +53,13 @@ def make():
 
 
 @pytest.fixture
-def states():
-    """The states of all LinkEvents."""
+def states(mine):
+    """The states of this test's LinkEvents."""
     seen = []
 
     def note(_sender, event):
-        seen.append(event.state)
+        if event.name == mine:
+            seen.append(event.state)
 
     with signals.redis_link_changed.connected_to(note):
         yield seen
@@ -217,7 +225,7 @@ def test_a_refused_port_costs_little(tmp_path, make, states):
         server.kill()
 
 
-def test_frozen_under_threads(redis_server, make, states, caplog):
+def test_frozen_under_threads(redis_server, make, mine, states, caplog):
     """A frozen Redis costs one budget; the events and log lines are doubt, down and up."""
     caplog.set_level(logging.INFO, "flask_muset.redis")
     client = make(redis_server.url)
@@ -239,7 +247,8 @@ def test_frozen_under_threads(redis_server, make, states, caplog):
     until(lambda: client.state == "up")
     assert client.execute("GET", "k") == b"v"
     assert states == ["doubt", "down", "up"]
-    lines = [record.getMessage() for record in caplog.records if "link" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records]
+    lines = [line for line in told if line.startswith(f"the link to {mine} is ")]
     assert [line.split(" is ")[1].split(":")[0] for line in lines] == states
 
 
