@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import threading
 import time
 from collections import Counter
@@ -105,6 +106,11 @@ class ScriptedService:
 class _Server(ThreadingHTTPServer):
     # Of a hundred users who come at once the kernel would let most try again after a second.
     request_queue_size = 256
+
+    def handle_error(self, request, client_address):
+        """Users leave when a run ends."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -1,5 +1,7 @@
 """Five times the load that a worker can bear."""
 
+from pathlib import Path
+
 import pytest
 from gunicorn_app import serve
 from patched import run_patched
@@ -10,7 +12,7 @@ from flask import Flask
 from flask_muset import ErrorHandler, Resilience
 
 app = Flask("busy")
-app.config["RESILIENCE_MAX_CONCURRENT_REQUESTS"] = 20
+app.config["RESILIENCE_MAX_CONCURRENT_REQUESTS"] = %d
 ErrorHandler(app)
 Resilience(app)
 
@@ -29,8 +31,12 @@ def live():
 CLIENT = """
 import collections, sys, time
 from gevent import socket
-port, seconds = int(sys.argv[1]), float(sys.argv[2])
+port, seconds, worker = int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3])
 idle = []
+
+def cpu():
+    # Of a process, by Linux's number for its clock.
+    return time.clock_gettime((~worker << 3) | 2)
 
 def ask(path, kept=True):
     request = f"GET {path} HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n".encode()
@@ -60,11 +66,11 @@ def caller(end, done):
         assert ask("/")[0] == 200
         done.append(1)
 def sustained():
-    done, span = [], max(1.0, seconds / 5)
+    done, span, began = [], max(1.0, seconds / 5), cpu()
     end = time.monotonic() + span
     gevent.joinall([gevent.spawn(caller, end, done) for _ in range(8)], raise_error=True)
-    return len(done) / span
-before = sustained()
+    return len(done) / span, len(done) / (cpu() - began)
+before, before_cpu = sustained()
 
 seen, probes = [], []
 def one():
@@ -76,7 +82,7 @@ def probe():
     status, _ = ask("/health/live", kept=False)
     probes.append((status, time.monotonic() - began))
 
-rate, sent, began = 5 * before, 0, time.monotonic()
+rate, sent, began, began_cpu = 5 * before, 0, time.monotonic(), cpu()
 running, next_probe = [], began
 while True:
     now = time.monotonic()
@@ -90,12 +96,14 @@ while True:
         next_probe += 0.1
     gevent.sleep(0.002)
 gevent.joinall(running, timeout=20, raise_error=True)
+took_cpu = cpu() - began_cpu
 good = sum(status == 200 and took <= 1 for status, took, _ in seen)
 waits = sorted(took for _, took in probes)
 # The machine's speed drifts, so what is sustained is measured on both sides.
-peak = (before + sustained()) / 2
+after, after_cpu = sustained()
 result = {
-    "peak": peak, "offered": rate, "good": good / seconds, "sent": sent,
+    "peak": (before + after) / 2, "offered": rate, "good": good / seconds, "sent": sent,
+    "peak_cpu": (before_cpu + after_cpu) / 2, "good_cpu": good / took_cpu,
     "statuses": collections.Counter(str(status) for status, _, _ in seen),
     "unfit": sum(status not in (200, 503) or (status == 503 and not retry.isdigit())
                  for status, _, retry in seen),
@@ -111,9 +119,14 @@ result = {
     "with Retry-After, /health/live on a new connection p99 under 1 s"
 )
 def test_overload(prove, tmp_path):
-    """Open-loop load on a real worker: what can be served is served, the rest is told to wait."""
-    with serve(tmp_path, APP, "--keep-alive", "20") as (_, port):
-        found = run_patched(CLIENT, port, 20 if prove.full else 4)
+    """Open-loop load on a real worker: what can be served is served, the rest is told to wait.
+
+    The small run may have the machine for itself or not: it counts what the worker's own time gave.
+    """
+    places = 20 if prove.full else 10
+    with serve(tmp_path, APP % places, "--keep-alive", "20") as (master, port):
+        [worker] = Path(f"/proc/{master.pid}/task/{master.pid}/children").read_text().split()
+        found = run_patched(CLIENT, port, 20 if prove.full else 4, worker)
     prove.figure(
         f"peak {found['peak']:.0f}/s, offered {found['offered']:.0f}/s, "
         f"served in time {found['good']:.0f}/s ({found['good'] / found['peak']:.0%}), "
@@ -122,5 +135,7 @@ def test_overload(prove, tmp_path):
     assert found["unfit"] == 0
     assert sum(found["statuses"].values()) == found["sent"]
     assert found["probes"].keys() == {"200"}
-    assert found["good"] >= (0.9 if prove.full else 0.5) * found["peak"]
+    if prove.full:
+        assert found["good"] >= 0.9 * found["peak"]
+    assert found["good_cpu"] >= 0.5 * found["peak_cpu"]
     assert found["probe_p99"] < (1 if prove.full else 5)
