@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def pytest_xdist_auto_num_workers():
 
 def pytest_configure(config):
     config.stash[_ROWS] = {}
+    # A shell ignores Ctrl-C for what it starts in the background, and so would what tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config, items):
