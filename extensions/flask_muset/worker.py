@@ -245,13 +245,15 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
         """
         # The master kills who is still there at its end.
         until = time.monotonic() + max(0.0, self.cfg.graceful_timeout - _LAST_CALL_S)
-        self._close(_Kind.DIRECT)
+        self._close(self._idle_of(_Kind.DIRECT))
+        # Those that come from now on wait by themselves no longer than the last call.
+        silent = self._idle_of(_Kind.NEW)
         if not self._is_orphan():  # else another master may wait for the port
             self.tmp.notify()
             gevent.sleep(_LAST_CALL_S)
         for server in servers:
             server.finish()
-        self._close(_Kind.NEW)
+        self._close(silent)
         while not pool.join(timeout=_BEAT_S):
             self.notify()
             if time.monotonic() >= until:
@@ -262,8 +264,8 @@ class FairGeventWorker(GeventWorker):  # type: ignore[misc]
     def _idle_of(self, *kinds: "_Kind") -> "list[_Waiting]":
         return [waiting for waiting in self._idle if waiting.kind in kinds]
 
-    def _close(self, kind: "_Kind") -> None:
-        for waiting in self._idle_of(kind):
+    def _close(self, those: "list[_Waiting]") -> None:
+        for waiting in those:
             # In the hub, one after the other: it may have got its request meanwhile.
             gevent.get_hub().loop.run_callback(self._end, waiting)
 

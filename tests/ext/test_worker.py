@@ -177,6 +177,34 @@ def test_a_stop_answers_who_has_just_connected(server):
     assert process.wait(10) == 0
 
 
+def test_a_stop_waits_as_long_for_each_that_connects(server):
+    """Who connects at the last moment is answered too, unless it says nothing for a second."""
+    process, port = server
+    process.send_signal(signal.SIGTERM)
+    answers = []
+
+    def call(connection, began):
+        time.sleep(0.5)
+        with connection:
+            is_in_time = time.monotonic() - began < 0.9
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            answers.append(connection.recv(100)[:12] if is_in_time else b"late")
+
+    threads = []
+    with contextlib.suppress(ConnectionRefusedError):
+        while True:
+            began = time.monotonic()
+            connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+            threads.append(threading.Thread(target=call, args=(connection, began)))
+            threads[-1].start()
+            time.sleep(0.05)
+    for thread in threads:
+        thread.join()
+    assert set(answers) - {b"late"} == {b"HTTP/1.1 200"}
+    assert len(answers) == len(threads)
+    assert process.wait(10) == 0
+
+
 def test_a_stop_does_not_wait_for_who_says_nothing(server):
     """Connections without a request are closed a moment after the stop began."""
     process, port = server
