@@ -31,8 +31,9 @@ _owners: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 def is_patched(module: str = "threading") -> bool:
     """Whether gevent has patched a module of the standard library in this process."""
-    monkey = sys.modules.get("gevent.monkey")
-    return monkey is not None and bool(monkey.is_module_patched(module))
+    # A module that another thread is importing lacks names, and has not patched anything yet.
+    asked = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
+    return asked is not None and bool(asked(module))
 
 
 def make_event(module: str = "threading") -> Any:
@@ -111,10 +112,8 @@ def original(module: str, name: str) -> Any:
         module: Name of an imported module of the standard library.
         name: Of its attribute.
     """
-    monkey = sys.modules.get("gevent.monkey")
-    if monkey is None:
-        return getattr(sys.modules[module], name)
-    return monkey.get_original(module, name)
+    get = getattr(sys.modules.get("gevent.monkey"), "get_original", None)
+    return getattr(sys.modules[module], name) if get is None else get(module, name)
 
 
 def _allocate() -> Any:
