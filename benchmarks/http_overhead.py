@@ -1,18 +1,21 @@
 """What the extensions cost under gunicorn: CPU time per request and memory per worker.
 
 Bare Flask, ours and the peers on our fair worker, the former two with two workers too, all at once
-and in turns, so that whatever else the machine does hits all alike; of each the best turn counts.
-The load is 64 kept connections, each of which asks again when all have been answered. CPU is that
-of the master and its workers, redis-server's apart. OpenTelemetry counts as not installed: redis-py
-would import all of it.
+and in rounds of one turn each, in another order every time. Ratios are of turns of the same round,
+so that whatever else the machine does hits both alike, and the median of all rounds counts: each
+one's best turn would be that of another moment. The load is 64 kept connections, each of which asks
+again when all have been answered. CPU is that of the master and its workers, redis-server's apart.
+OpenTelemetry counts as not installed: redis-py would import all of it.
 """
 
 import argparse
 import itertools
 import os
+import random
 import re
 import select
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -132,7 +135,6 @@ def measure(names, *, rounds, count):
         count: Requests of a turn. Each server's memory is that after all of its turns.
     """
     redis_port, _ = c.start_redis()
-    found = {}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "gunicorn.conf.py").write_text(_SETTINGS)
         servers = {}
@@ -144,29 +146,41 @@ def measure(names, *, rounds, count):
                 c.wait_port(server.port, 60)
                 load(server.port, 512)
             turns = {key: [] for key in servers}
-            for _ in range(rounds):
-                for key, server in servers.items():
-                    turns[key].append(server.turn(count))
-            for key, server in servers.items():
-                found[key] = {"cpu ms/1k": min(turns[key]), "PSS MB": server.pss_mb()}
+            for number in range(rounds):
+                order = list(servers)
+                random.Random(number).shuffle(order)
+                for key in order:
+                    turns[key].append(servers[key].turn(count))
+            memory = {key: server.pss_mb() for key, server in servers.items()}
         finally:
             for server in servers.values():
                 server.stop()
-    for (_, workers), row in found.items():
-        for value in ("cpu ms/1k", "PSS MB"):
-            row[f"{value} x bare"] = row[value] / found["bare", workers][value]
-    return found
+    return {
+        (name, workers): {
+            "cpu ms/1k": statistics.median(turns[name, workers]),
+            "cpu x bare": ratio(turns[name, workers], turns["bare", workers]),
+            "cpu x one worker": ratio(turns[name, workers], turns[name, 1]),
+            "PSS MB": memory[name, workers],
+            "PSS x bare": memory[name, workers] / memory["bare", workers],
+        }
+        for name, workers in servers
+    }
+
+
+def ratio(some, others):
+    """Of turns to those of the same rounds."""
+    return statistics.median(one / other for one, other in zip(some, others, strict=True))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[*OURS, *BESIDE])
-    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--count", type=int, default=640)
     options = parser.parse_args()
     found = measure(options.only, rounds=options.rounds, count=options.count)
     rows = [{"app": name, "workers": workers, **row} for (name, workers), row in found.items()]
-    print(f"## CPU and memory under gunicorn, the best of {options.rounds} turns\n")
+    print(f"## CPU and memory under gunicorn, medians of {options.rounds} rounds\n")
     c.table(rows)
     c.finish("http_overhead", rows, c.environment("flask", "werkzeug", "gunicorn", "gevent"))
 
