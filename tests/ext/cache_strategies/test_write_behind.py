@@ -901,7 +901,7 @@ def test_risks_are_said_once_and_refused_where_they_are_not_wanted(tmp_path, cap
     """A Redis that keeps nothing on disk: a warning, or a refusal to start."""
     server = RedisServer(tmp_path).start()
     try:
-        shop = Shop({"REDIS_URL": server.url})
+        shop = Shop({"REDIS_URL": server.url, "REDIS_BUDGET": 2.0})
         with caplog.at_level(logging.WARNING):
             assert shop.put("user:1", 1)
             assert shop.put("user:1", 2)
