@@ -64,7 +64,9 @@ class TestRedisJournal(JournalSuite):
     _names = itertools.count()
 
     @pytest.fixture(autouse=True)
-    def _times(self, monkeypatch):
+    def _times(self, request, monkeypatch):
+        if request.function.__name__ in ("test_renewing", "test_what_has_lost_its_home"):
+            self.lease_s = 2.0  # most of it passes before it is renewed
         monkeypatch.setattr(journal_conformance, "_SHORT_S", 0.5)
         monkeypatch.setattr(journal_conformance, "_AFTER_SHORT_S", 0.6)
         monkeypatch.setattr(journal_conformance, "_NEAR_S", 0.5)
