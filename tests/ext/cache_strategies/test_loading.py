@@ -1059,7 +1059,7 @@ def beside(fn):
 def test_threads_share_one_load():
     """Fifty cold threads: one load, and a copy for each."""
     rig = Rig()
-    answers = run_all(50, lambda _: rig.get(lambda: {"a": []}, takes_s=0.2, expire=60))
+    answers = run_all(50, lambda _: rig.get(lambda: {"a": []}, takes_s=1, expire=60))
     assert rig.calls == ["k"]
     assert {answer.outcome for answer in answers} <= {"MISS", "HIT"}
     assert len({id(answer.value["a"]) for answer in answers}) == 50
@@ -1071,7 +1071,7 @@ def test_threads_share_one_error():
     rig, error = Rig(), Mine("once")
 
     def ask(_):
-        return rig.get(error, takes_s=0.3)
+        return rig.get(error, takes_s=1)
 
     seen = run_all(10, ask)
     assert seen == [error] * 10
@@ -1105,16 +1105,16 @@ def test_a_waiting_threads_deadline_is_its_own():
 
     def ask(number):
         if number:
-            time.sleep(0.05)
+            until(lambda: rig.calls)
         began = time.monotonic()
         try:
-            with deadline(0.1 if number == 1 else 10):
-                return rig.get("v", takes_s=0.6).value
+            with deadline(0.1 if number == 1 else 20):
+                return rig.get("v", takes_s=2).value
         except OperationTimeoutError:
             return time.monotonic() - began
 
     short, *others = sorted(run_all(3, ask), key=str)
-    assert 0.09 <= short < 0.4
+    assert 0.09 <= short < 1.5
     assert (others, rig.calls) == (["v", "v"], ["k"])
 
 
@@ -1124,15 +1124,15 @@ def test_waiting_threads_stop_at_the_hard_limit():
 
     def ask(number):
         if number:
-            time.sleep(0.05)
+            until(lambda: rig.calls)
         began = time.monotonic()
         try:
-            return rig.get("v", takes_s=0.6, hard_timeout=0.1).value
+            return rig.get("v", takes_s=2, hard_timeout=0.1).value
         except OperationTimeoutError:
             return time.monotonic() - began
 
     first, second, value = sorted(run_all(3, ask), key=str)
-    assert max(first, second) < 0.4
+    assert max(first, second) < 1.5
     assert (value, rig.calls) == ("v", ["k"])
 
 
@@ -1148,24 +1148,26 @@ def test_who_comes_after_an_invalidation_does_not_join():
 
         answers[value].append(rig.get(fetch, expire=60).value)
 
-    def start(value, calls):
+    def start(value, condition):
         thread = threading.Thread(target=ask, args=(value,))
         thread.start()
-        until(lambda: len(rig.calls) == calls)
-        time.sleep(0.02)
+        until(condition)
         return thread
 
-    old = [start("old", 1), start("old", 1)]
+    def is_awaited():
+        return rig.loader._flights._by_key["k"]._is_awaited
+
+    old = [start("old", lambda: len(rig.calls) == 1), start("old", is_awaited)]
     rig.store.delete("k")
     rig.loader.detach_matching(lambda key: key.startswith("x"))
     assert len(rig.loader._flights) == 1
     rig.loader.detach_matching(lambda key: key.startswith("k"))
-    new = [start("new", 2)]
+    new = [start("new", lambda: len(rig.calls) == 2)]
     gates["old"].set()
     for thread in old:
         thread.join(10)
     assert len(rig.loader._flights) == 1  # the old load's end has left the new one alone
-    new.append(start("new", 2))
+    new.append(start("new", is_awaited))
     gates["new"].set()
     for thread in new:
         thread.join(10)
@@ -1181,7 +1183,7 @@ def test_another_caller_loads_where_the_first_was_cut_off():
 
     def ask(number):
         if number:
-            time.sleep(0.05)
+            until(lambda: rig.calls)
             return rig.get("second").value
         with contextlib.suppress(Cut):
             rig.get(Cut(), takes_s=0.3)
@@ -1195,7 +1197,7 @@ def test_those_who_wait_are_told_that_nothing_was_kept():
     """A load during a write of the source is a BYPASS for all whom it serves."""
     rig = Rig()
     rig.store.begin_write("k")
-    answers = run_all(5, lambda _: rig.get("v", takes_s=0.2))
+    answers = run_all(5, lambda _: rig.get("v", takes_s=1))
     assert {(answer.value, str(answer.outcome)) for answer in answers} == {("v", "BYPASS")}
     assert rig.calls == ["k"]
 
@@ -1209,7 +1211,7 @@ def test_those_with_a_stale_value_take_it_where_the_shared_load_fails():
 
     def ask(number):
         window = 60 if number % 2 else 0
-        return rig.get(Mine(), takes_s=0.2, expire=1, stale_if_error=window)
+        return rig.get(Mine(), takes_s=1, expire=1, stale_if_error=window)
 
     results = run_all(6, ask)
     assert [type(r) for r in results].count(Mine) == 3
@@ -1242,19 +1244,20 @@ def test_soft_limit_of_threads(prove):
     prove.figure(f"{max(took) * 1000:.0f} ms the slowest of 20, {len(rig.calls) - 1} load")
     assert {(a.value, str(a.outcome)) for a in answers} == {("old", "STALE")}
     assert min(took) >= 0.045
-    assert max(took) < (0.1 if prove.full else 1)
+    assert max(took) < (0.1 if prove.full else 1.5)
     assert len(rig.calls) == 2
     until(lambda: rig.store.read("k").payload == Codec().encode("new"))
     assert rig.is_idle()
-    assert_stale_up_to_its_maximum_age(rig)
+    assert_stale_up_to_its_maximum_age(rig, prove)
 
 
-def assert_stale_up_to_its_maximum_age(rig):
+def assert_stale_up_to_its_maximum_age(rig, prove):
     """Ask a failing source until its error comes through."""
-    options = {"expire": 0.1, "stale_if_error": 0.4, "refresh_backoff": 0.05}
+    unit = 0.1 if prove.full else 0.4
+    options = {"expire": unit, "stale_if_error": 4 * unit, "refresh_backoff": unit / 2}
     began, error, oldest_s = time.monotonic(), Mine("x"), 0.0
     rig.get("old", "failing", **options)
-    time.sleep(0.12)
+    time.sleep(1.2 * unit)
     raised = None
     while raised is None:
         try:
@@ -1263,8 +1266,8 @@ def assert_stale_up_to_its_maximum_age(rig):
             raised = caught
         time.sleep(0.01)
     assert raised is error
-    assert 0.4 < oldest_s <= 0.5 <= time.monotonic() - began
-    assert 3 < rig.calls.count("failing") < 12
+    assert (0.4 if prove.full else 0) < oldest_s <= 5 * unit <= time.monotonic() - began
+    assert (3 if prove.full else 1) < rig.calls.count("failing") < 12
 
 
 def test_soft_limit_without_a_stale_value_waits(clock):
@@ -1276,12 +1279,10 @@ def test_soft_limit_without_a_stale_value_waits(clock):
 def test_a_load_in_time_is_better_than_stale():
     """Within the soft limit callers get what is new, in the first window too; errors not."""
     rig = Rig(in_background=beside)
-    options = {"expire": 0.05, "stale_while_revalidate": 30, "soft_timeout": 5}
+    options = {"expire": 0.05, "stale_while_revalidate": 30, "soft_timeout": 20}
     rig.get("old", **options)
     time.sleep(0.06)
-    assert {a.value for a in run_all(5, lambda _: rig.get("new", takes_s=0.1, **options))} == {
-        "new"
-    }
+    assert {a.value for a in run_all(5, lambda _: rig.get("new", takes_s=1, **options))} == {"new"}
     assert len(rig.calls) == 2
     time.sleep(0.06)
     assert rig.get(Mine(), **options).outcome == "STALE"
@@ -1303,7 +1304,7 @@ def test_who_has_stopped_waiting_waits_for_nobody():
 
     def fetch_a():
         found = rig.get(fetch_b, "b", **options).value
-        time.sleep(0.3)
+        until(lambda: rig.loader._flights._by_key["a"]._is_awaited)
         return f"a of {found}"
 
     assert rig.get(fetch_a, "a").value == "a of old"
@@ -1403,7 +1404,8 @@ def test_a_thousand_greenlets_share_one_load(prove):
 @pytest.mark.claim(CLAIM + " (greenlets)")
 def test_soft_and_hard_limits_of_greenlets(prove):
     """A source of 2 s is answered in time by its stale value, and cut off by a hard limit."""
-    found = patched("""
+    unit = 0.1 if prove.full else 0.4
+    code = """
     rig = Rig(in_background=gevent.spawn)
     options = dict(expire=0.1, stale_if_error=30, soft_timeout=0.05)
     rig.get("old", **options)
@@ -1422,10 +1424,11 @@ def test_soft_and_hard_limits_of_greenlets(prove):
     stale, result["stale"] = timed(rig.get, "never", "both", takes_s=2, **options)
     result["outcome"] = str(stale.outcome)
     # a failing source
-    options = dict(expire=0.1, stale_if_error=0.4, refresh_backoff=0.05)
+    unit = float(sys.argv[1])
+    options = dict(expire=unit, stale_if_error=4 * unit, refresh_backoff=unit / 2)
     error = Mine("x")
     rig.get("old", "failing", **options)
-    gevent.sleep(0.12)
+    gevent.sleep(1.2 * unit)
     try:
         while True:
             result["oldest"] = rig.get(error, "failing", **options).age_s
@@ -1434,19 +1437,21 @@ def test_soft_and_hard_limits_of_greenlets(prove):
         result["original"] = raised is error
     result["tries"] = rig.calls.count("failing")
     result["idle"] = rig.is_idle("k", "hard", "both", "failing")
-    """)
+    """
+    found = patched(code, unit)
     prove.figure(
         f"soft {found['soft'] * 1000:.0f} ms the slowest of 100, {found['loads']} load; hard limit "
-        f"of 50 ms {found['hard'] * 1000:.0f} ms; stale up to {found['oldest']:.2f} of 0.5 s"
+        f"of 50 ms {found['hard'] * 1000:.0f} ms; "
+        f"stale up to {found['oldest']:.2f} of {5 * unit:.1f} s"
     )
-    limit = 0.1 if prove.full else 0.5
+    limit = 0.1 if prove.full else 1.5
     assert max(found["soft"], found["hard"], found["stale"]) < limit
     assert (found["loads"], found["outcomes"]) == (1, ["STALE"])
     assert found["after"] in ("new", None)  # it lasts 0.1 s
     assert (found["late"], found["outcome"]) == ("OperationTimeoutError", "STALE")
-    assert 0.3 < found["oldest"] <= 0.5
+    assert (0.3 if prove.full else 0) < found["oldest"] <= 5 * unit
     assert found["original"]
-    assert 3 < found["tries"] < 12
+    assert (3 if prove.full else 1) < found["tries"] < 12
     assert found["idle"]
 
 
@@ -1483,7 +1488,7 @@ def test_deadlines_of_greenlets():
         with deadline(seconds):
             return fn(*args, **options).value
     rig = Rig()
-    long = gevent.spawn(rig.get, "v", takes_s=0.3)
+    long = gevent.spawn(rig.get, "v", takes_s=2)
     gevent.sleep(0.01)
     short = gevent.spawn(timed, bounded, 0.05, rig.get, "v")
     other = gevent.spawn(rig.get, "v")
@@ -1500,7 +1505,7 @@ def test_deadlines_of_greenlets():
     for who in ("waiter", "loader"):
         error, took = found[who]
         assert error == "OperationTimeoutError"
-        assert 0.04 < took < 0.25
+        assert 0.04 < took < 1.5
     assert found["load"] == ["v", "v", 1]
     assert found["others"] == [10, 2, True]
 

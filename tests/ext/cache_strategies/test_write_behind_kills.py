@@ -148,6 +148,7 @@ def test_kills_with_redis(tmp_path, prove, most, restarts):
     server = RedisServer(tmp_path, *_ALWAYS).start()
     config = {
         "CACHE_STRATEGIES_REDIS_URL": server.url,
+        "CACHE_STRATEGIES_REDIS_BUDGET": 2.0,
         "CACHE_STRATEGIES_MAX_PENDING": most,
         "CACHE_STRATEGIES_WRITE_DELAY": 0.02,
     }
