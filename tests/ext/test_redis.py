@@ -243,7 +243,7 @@ def test_frozen_under_threads(redis_server, make, mine, states, caplog):
             client.execute("GET", "k")
     assert time.monotonic() - began < 5
     until(lambda: client.state == "down")
-    time.sleep(1.8)  # several probes fail meanwhile
+    time.sleep(1.3)  # several probes fail meanwhile
     redis_server.thaw()
     until(lambda: client.state == "up")
     assert client.execute("GET", "k") == b"v"

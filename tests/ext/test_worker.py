@@ -168,7 +168,7 @@ def test_clients_that_do_not_read_give_their_places_up(tmp_path):
 
 def test_a_stop_answers_who_has_just_connected(tmp_path):
     """A connection that was taken is answered, though its request comes after the stop began."""
-    config = "import flask_muset.worker; flask_muset.worker._LAST_CALL_S = 3\n"
+    config = "import flask_muset.worker; flask_muset.worker._LAST_CALL_S = 2\n"
     with serve(tmp_path, APP, config=config) as (process, port):
         before = [socket.create_connection(("127.0.0.1", port)) for _ in range(5)]
         assert get(port, "/") == (200, "ok")  # so those before have been taken
