@@ -61,7 +61,7 @@ class Nginx:
             self._process = subprocess.Popen(
                 self.command("-g", "daemon off;"), stdout=out, stderr=e, start_new_session=True
             )
-        until = time.monotonic() + 10
+        until = time.monotonic() + 30
         while time.monotonic() < until:
             assert self._process.poll() is None, self.errors()
             with contextlib.suppress(OSError):

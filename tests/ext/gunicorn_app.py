@@ -39,7 +39,7 @@ def serve(
         cwd=folder, start_new_session=True, stdout=log, stderr=log,
     )  # fmt: skip
     try:
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while True:
             assert process.poll() is None, (folder / "gunicorn.log").read_text()
             assert time.monotonic() < end, (folder / "gunicorn.log").read_text()

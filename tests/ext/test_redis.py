@@ -30,7 +30,7 @@ from flask_muset.errors import (
 from flask_muset.redis import GuardedRedis, Script
 
 # A budget that a busy machine keeps, for tests that are not about it.
-EASY = 2.0
+EASY = 5.0
 
 
 @pytest.fixture
@@ -89,7 +89,8 @@ def test_nothing_is_opened_before_first_use(redis_server, make):
     idle = make(redis_server.url)
     assert idle.state == "up"
     asking = make(redis_server.url, budget_s=EASY)
-    assert len(asking.execute("CLIENT", "LIST").splitlines()) == 1
+    # Redis may not have seen yet that the one of the fixture has ended.
+    until(lambda: len(asking.execute("CLIENT", "LIST").splitlines()) == 1)
 
 
 def test_scripts_fall_back_to_their_text(redis_server, make):
@@ -204,15 +205,15 @@ def test_secrets_stay_secret(tmp_path, make, states, caplog):
 def test_a_refused_port_costs_little(tmp_path, make, states):
     """Nobody listens: the first call fails quickly, the next are refused, and it recovers."""
     server = RedisServer(tmp_path)
-    client = make(server.url)
+    client = make(server.url, budget_s=EASY)
     began = time.monotonic()
     with pytest.raises(NetworkError) as caught:
         client.execute("GET", "k")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
     assert isinstance(caught.value.__cause__, redis.exceptions.ConnectionError)
     with pytest.raises(CircuitOpenError) as refused:
         client.execute("GET", "k")
-    assert 0 < refused.value.retry_after_s < 3
+    assert 0 < refused.value.retry_after_s < EASY + 3
     with pytest.raises(CircuitOpenError):
         client.check(0.25)
     until(lambda: client.state == "down")
@@ -228,21 +229,21 @@ def test_a_refused_port_costs_little(tmp_path, make, states):
 def test_frozen_under_threads(redis_server, make, mine, states, caplog):
     """A frozen Redis costs one budget; the events and log lines are doubt, down and up."""
     caplog.set_level(logging.INFO, "flask_muset.redis")
-    client = make(redis_server.url)
+    client = make(redis_server.url, budget_s=0.5)
     client.execute("SET", "k", "v")
     redis_server.freeze()
     began = time.monotonic()
     with pytest.raises(OperationTimeoutError) as caught:
         client.execute("GET", "k")
-    assert 0.04 < time.monotonic() - began < 1
+    assert 0.4 < time.monotonic() - began < 5
     assert isinstance(caught.value.__cause__, redis.exceptions.TimeoutError)
     began = time.monotonic()
     for _ in range(100):
         with pytest.raises(CircuitOpenError):
             client.execute("GET", "k")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     until(lambda: client.state == "down")
-    time.sleep(0.5)  # several probes fail meanwhile
+    time.sleep(1.3)  # several probes fail meanwhile
     redis_server.thaw()
     until(lambda: client.state == "up")
     assert client.execute("GET", "k") == b"v"
@@ -255,9 +256,9 @@ def test_frozen_under_threads(redis_server, make, mine, states, caplog):
 def test_a_late_reply_is_read_by_nobody(redis_server, make):
     """A reply that comes after its call was given up is not the next call's."""
     way = SlowWay(redis_server.port)
-    client = make(way.url, max_connections=1)
+    client = make(way.url, max_connections=1, budget_s=0.5)
     client.execute("ECHO", "warm")
-    way.delay_s, way.fixed = 0.2, True
+    way.delay_s, way.fixed = 2, True
     with pytest.raises(OperationTimeoutError):
         client.execute("ECHO", "late")
     way.delay_s = 0
@@ -268,7 +269,7 @@ def test_a_late_reply_is_read_by_nobody(redis_server, make):
 
 def test_a_restart_is_survived(redis_server, make, states):
     """kill -9 and a new start on the same port, once unseen between calls and once while asked."""
-    client = make(redis_server.url, budget_s=0.5)
+    client = make(redis_server.url, budget_s=EASY)
     client.execute("SET", "k", "v")
     redis_server.kill()
     redis_server.start()
@@ -381,7 +382,7 @@ def test_a_probe_that_may_not_write(redis_server, make):
 def test_saturation_keeps_the_link_up(redis_server, make, states):
     """All connections in use: who waits too long is refused, who comes in time is served."""
     client = make(redis_server.url, budget_s=EASY, max_connections=1)
-    busy = threading.Thread(target=client.execute, args=("BLPOP", "nothing", "0.4"))
+    busy = threading.Thread(target=client.execute, args=("BLPOP", "nothing", "1.5"))
     busy.start()
     until(lambda: client.in_use == 1)
     with pytest.raises(OverloadedError):
@@ -398,7 +399,7 @@ def test_a_callers_deadline_is_not_the_links_failure(redis_server, make, states)
     began = time.monotonic()
     with pytest.raises(OperationTimeoutError, match=r"0\.05"), deadline(0.05):
         client.execute("BLPOP", "nothing", "5")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4
     with pytest.raises(OperationTimeoutError), deadline(0):
         client.execute("ECHO", "never")
     assert (client.state, states, client.in_use) == ("up", [], 0)
@@ -425,17 +426,17 @@ def test_threads_share_the_pool(redis_server, make, states):
     assert len(client.execute("CLIENT", "LIST").splitlines()) <= 3
 
 
-def test_a_lost_prober_is_replaced(make, tmp_path):
+def test_a_lost_prober_is_replaced(make, mine, tmp_path):
     """A prober that is long overdue is started again by the next call, which is refused."""
     server = RedisServer(tmp_path)
-    client = make(server.url)
+    client = make(server.url, budget_s=EASY)
     with pytest.raises(NetworkError):
         client.execute("GET", "k")
     until(lambda: client.state == "down")
     client._link._prober = object()  # nobody has this one: the prober ends
+    until(lambda: f"{mine}-prober" not in [thread.name for thread in threading.enumerate()])
     server.start()
     try:
-        time.sleep(0.5)
         assert client.state == "down"
         client._link._due -= 60
         with pytest.raises(CircuitOpenError):
@@ -450,8 +451,8 @@ def test_a_fork_shares_no_socket(redis_server):
     code = """
     import json, os, sys
     from flask_muset.redis import GuardedRedis
-    client = GuardedRedis(sys.argv[1], budget_s=2)
-    refused = GuardedRedis(sys.argv[2], budget_s=2)
+    client = GuardedRedis(sys.argv[1], budget_s=5)
+    refused = GuardedRedis(sys.argv[2], budget_s=5)
     mine = client.execute("CLIENT", "ID")
     try:
         refused.execute("PING")
@@ -524,7 +525,7 @@ def test_frozen(redis_server, prove):
     result = patched(
         """
         url, pid, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-        client = GuardedRedis(url)
+        client = GuardedRedis(url, budget_s=float(sys.argv[4]))
         result = []
         for _ in range(rounds):
             healthy = sorted(outcome(client.execute, "GET", "k")[1] for _ in range(200))
@@ -543,6 +544,7 @@ def test_frozen(redis_server, prove):
         redis_server.url,
         redis_server.pid,
         3 if prove.full else 1,
+        0.05 if prove.full else 0.5,
     )
     first = max(entry[1][1] - entry[0] for entry in result)
     later = max(sorted(cost for _, cost in entry[2])[197] - entry[0] for entry in result)
@@ -556,8 +558,8 @@ def test_frozen(redis_server, prove):
         assert {name for name, _ in refusals} == {"CircuitOpenError"}
         assert states == ["doubt", "down", "up"]
         assert after == "ok"
-    assert first <= (0.06 if prove.full else 1)
-    assert later < (0.001 if prove.full else 0.05)
+    assert first <= (0.06 if prove.full else 5)
+    assert later < (0.001 if prove.full else 0.4)
     assert recovery < (5 if prove.full else 9)
 
 
@@ -567,7 +569,7 @@ def test_nobody_gets_anothers_reply(redis_server, prove):
     way = SlowWay(redis_server.port, 0.002, halves=True)
     result = patched(
         """
-        client, calls = GuardedRedis(sys.argv[1], budget_s=1.0), int(sys.argv[2])
+        client, calls = GuardedRedis(sys.argv[1], budget_s=5.0), int(sys.argv[2])
         counts = {"replies": 0, "wrong": 0, "deadline": 0, "timeout": 0, "other": []}
         numbers = iter(range(calls))
         # A good part shall be cut and a good part not, however busy this machine is. A call that
@@ -645,7 +647,7 @@ def test_many_greenlets(redis_server, prove):
                     longest[0] = max(longest[0], time.perf_counter() - began)
 
         gevent.joinall([gevent.spawn(work, number) for number in range(200)])
-        probe = GuardedRedis(sys.argv[1], budget_s=2)
+        probe = GuardedRedis(sys.argv[1], budget_s=5)
         connections = len(probe.execute("CLIENT", "LIST").splitlines()) - 1
         result = {"errors": errors, "states": states, "in_use": client.in_use,
                   "connections": connections, "longest": longest[0]}
@@ -668,11 +670,11 @@ def test_a_busy_process_does_not_blame_redis(redis_server):
     """A reply that came while this process computed is read, however late; the link stays up."""
     result = patched(
         """
-        client = GuardedRedis(sys.argv[1])
+        client = GuardedRedis(sys.argv[1], budget_s=0.4)
         client.execute("ECHO", "warm")
 
         def compute():
-            end = time.perf_counter() + 0.15
+            end = time.perf_counter() + 0.8
             while time.perf_counter() < end:
                 pass
 
@@ -683,14 +685,14 @@ def test_a_busy_process_does_not_blame_redis(redis_server):
             return client.script("return 7", []), client.state
 
         result = []
-        for _ in range(5):
+        for _ in range(3):
             greenlet = gevent.spawn(ask)
             gevent.sleep(0)
             compute()
             result.append(greenlet.get())
         # New connections need several steps, and there is no time for them; one pause of this
         # process is one, however many calls it has held up.
-        other = GuardedRedis(sys.argv[1].replace("/0", "/1"))
+        other = GuardedRedis(sys.argv[1].replace("/0", "/1"), budget_s=0.4)
         for _ in range(2):
             line = [gevent.spawn(outcome, other.execute, "ECHO", "x") for _ in range(15)]
             gevent.sleep(0)
@@ -701,26 +703,26 @@ def test_a_busy_process_does_not_blame_redis(redis_server):
         """,
         redis_server.url,
     )
-    assert result[:5] == [[None, "up"]] * 5
-    assert {name for names in result[5:7] for name in names} <= {
+    assert result[:3] == [[None, "up"]] * 3
+    assert {name for names in result[3:5] for name in names} <= {
         "OperationTimeoutError",
         "OverloadedError",
     }
-    assert result[7] == ["up", []]
+    assert result[5] == ["up", []]
 
 
 def test_slow_steps_do_count_in_the_end(redis_server):
     """Where every call needs a step more than its budget has, the third time-out is believed."""
-    way = SlowWay(redis_server.port, 0.06, fixed=True)
+    way = SlowWay(redis_server.port, 0.9, fixed=True)
     result = patched(
         """
-        client = GuardedRedis(sys.argv[1], budget_s=0.1)
+        client = GuardedRedis(sys.argv[1], budget_s=1.2)
         result = []
         for _ in range(4):  # NOSCRIPT comes in time, the answer to EVAL does not
             result.append(outcome(client.script, "return 7", [])[0])
             gevent.sleep(0)
             if client.state == "up":
-                GuardedRedis(sys.argv[2], budget_s=2).execute("SCRIPT FLUSH")
+                GuardedRedis(sys.argv[2], budget_s=5).execute("SCRIPT FLUSH")
         result.append(states[:1])
         """,
         way.url,
@@ -734,11 +736,11 @@ def test_who_waits_in_line_is_sent_away(redis_server):
     """When the link falls into doubt, calls in line are refused at once, not at their own time."""
     result = patched(
         """
-        client = GuardedRedis(sys.argv[1], max_connections=1, budget_s=0.3)
+        client = GuardedRedis(sys.argv[1], max_connections=1, budget_s=2)
         client.execute("ECHO", "warm")
         os.kill(int(sys.argv[2]), signal.SIGSTOP)
         first = gevent.spawn(outcome, client.execute, "GET", "k")
-        gevent.sleep(0.15)
+        gevent.sleep(1)
         line = [gevent.spawn(outcome, client.execute, "GET", "k") for _ in range(5)]
         gevent.joinall([first, *line])
         os.kill(int(sys.argv[2]), signal.SIGCONT)
@@ -750,7 +752,7 @@ def test_who_waits_in_line_is_sent_away(redis_server):
     )
     assert result[0][0] == "OperationTimeoutError"
     assert {name for name, _ in result[1]} == {"CircuitOpenError"}
-    assert max(cost for _, cost in result[1]) < 0.28
+    assert max(cost for _, cost in result[1]) < 1.9
     assert result[2] == 0
     assert result[3] < 9
 
@@ -759,25 +761,25 @@ def test_saturation_and_foreign_cuts(redis_server):
     """Saturation is refused in time; a caller's deadline, a Timeout and a kill leave no trace."""
     result = patched(
         """
-        client = GuardedRedis(sys.argv[1], max_connections=1, budget_s=2)
-        busy = gevent.spawn(client.execute, "BLPOP", "nothing", "0.3")
+        client = GuardedRedis(sys.argv[1], max_connections=1, budget_s=5)
+        busy = gevent.spawn(client.execute, "BLPOP", "nothing", "1.5")
         gevent.sleep(0.05)
         result = {"saturated": outcome(client.check, 0.05)[0]}
         busy.join()
 
         def in_deadline():
             with deadline(0.05):
-                client.execute("BLPOP", "nothing", "1")
+                client.execute("BLPOP", "nothing", "4")
 
         result["deadline"] = outcome(in_deadline)
         mine, got = gevent.Timeout(0.05), None
         try:
             with mine:
-                client.execute("BLPOP", "nothing", "1")
+                client.execute("BLPOP", "nothing", "4")
         except gevent.Timeout as error:
             got = error
         result["timeout"] = got is mine
-        killed = gevent.spawn(client.execute, "BLPOP", "nothing", "1")
+        killed = gevent.spawn(client.execute, "BLPOP", "nothing", "4")
         gevent.sleep(0.05)
         killed.kill()
         result["killed"] = isinstance(killed.value, gevent.GreenletExit)
@@ -788,7 +790,7 @@ def test_saturation_and_foreign_cuts(redis_server):
     )
     name, cost = result.pop("deadline")
     assert name == "OperationTimeoutError"
-    assert cost < 0.5
+    assert cost < 3
     assert result == {
         "saturated": "OverloadedError",
         "timeout": True,
@@ -803,9 +805,9 @@ def test_a_fork_under_gevent(redis_server):
     result = patched(
         """
         import json
-        client = GuardedRedis(sys.argv[1], budget_s=2)
+        client = GuardedRedis(sys.argv[1], budget_s=8)
         mine = client.execute("CLIENT", "ID")
-        waiting = gevent.spawn(client.execute, "BLPOP", "list", "5")
+        waiting = gevent.spawn(client.execute, "BLPOP", "list", "9")
         gevent.sleep(0.05)
         reader, writer = os.pipe()
         child_pid = os.fork()
@@ -826,7 +828,7 @@ def test_a_fork_under_gevent(redis_server):
     mine, (name, cost, first, second), value, again, states = result
     assert value == "for the parent"
     assert name == "NetworkError"
-    assert cost < 1  # at once, not when its time is up
+    assert cost < 4  # at once, not when its time is up
     assert first == second
     assert first not in (mine, again)
     assert states == []
@@ -836,7 +838,7 @@ def test_another_thread_is_told(redis_server):
     """Connections belong to one hub; a native thread gets an error that says what to do."""
     result = patched(
         """
-        client = GuardedRedis(sys.argv[1], budget_s=2)
+        client = GuardedRedis(sys.argv[1], budget_s=5)
         client.execute("ECHO", "x")
         try:
             gevent.get_hub().threadpool.apply(client.execute, ("ECHO", "x"))

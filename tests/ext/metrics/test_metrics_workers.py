@@ -54,11 +54,11 @@ def on_starting(server):
 """
 #: What each of its connections sent and got, by status.
 CLIENT = """
-import json, sys, time
+import json, os, sys, time
 import gevent
 from gevent import socket
-port, count, seconds = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
-pause_s, end = 8 * seconds / count, time.monotonic() + seconds
+port, count, seconds, stop = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]), sys.argv[4]
+pause_s, end = 8 * seconds / count, time.monotonic() + 240
 PATHS = {"200": "/ok", "404": "/nowhere", "500": "/fail"}
 sent, confirmed = dict.fromkeys(PATHS, 0), dict.fromkeys(PATHS, 0)
 
@@ -80,7 +80,7 @@ def answer(connection):
 
 def caller(number):
     connection = None
-    while sum(sent.values()) < count or time.monotonic() < end:
+    while time.monotonic() < end and (sum(sent.values()) < count or not os.path.exists(stop)):
         gevent.sleep(pause_s)
         status = ("200", "200", "404", "500")[sum(sent.values()) % 4]
         try:
@@ -196,40 +196,45 @@ def end_some(arbiter, kills, recycles, seconds, client):
 def test_counters_are_exact_while_workers_die(tmp_path, prove):
     """What a client has seen is counted, once, whatever happens to the worker that served it."""
     count, kills, recycles, seconds = (20_000, 60, 200, 45) if prove.full else (1_600, 5, 15, 3.5)
-    own = free_port()
+    own, stop = free_port(), tmp_path / "stop"
+
+    def booted():
+        return (tmp_path / "gunicorn.log").read_text().count("Booting worker") - 4
+
+    def files():
+        return len(list((tmp_path / "files").rglob("*.db")))
+
     options = ("-w", "4", "--preload", "--max-requests", "300", "--log-level", "info")
     with serve(tmp_path, APP, *options, config=HOOKS.format(port=own)) as (process, port):
         client = subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(port), str(count), str(seconds * 1.4 + 3)],
+            [sys.executable, "-c", CLIENT, str(port), str(count), str(seconds * 1.4 + 3), stop],
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         scraper = Scraper([port, own])
         scraper.start()
         ended = end_some(process.pid, kills, recycles, seconds, client)
+        stop.touch()
         out, _ = client.communicate(timeout=300)
         scraper.done.set()
         scraper.join(20)
         told = json.loads(out)
-        time.sleep(0.5)
+        until(lambda: booted() >= ended * 0.95 and files() <= 4 * 5 + 2 + 4)
         best = min(_seconds(own) for _ in range(5))
         found = samples(scrape(own))
-        files = len(list((tmp_path / "files").rglob("*.db")))
     counted = requests_by_status(found)
     log = (tmp_path / "gunicorn.log").read_text()
-    booted = log.count("Booting worker") - 4
     prove.figure(
         f"{told['confirmed']} <= {counted} <= {told['sent']}; {ended} ended, {kills} of them by "
-        f"kill -9, {booted} new workers; {scraper.scrapes} scrapes, {len(scraper.fell)} falls; "
-        f"{files} files; a scrape {best * 1000:.0f} ms"
+        f"kill -9, {booted()} new workers; {scraper.scrapes} scrapes, {len(scraper.fell)} falls; "
+        f"{files()} files; a scrape {best * 1000:.0f} ms"
     )
     assert scraper.fell == []
     assert scraper.worker_reads > 3
     for status, sent in told["sent"].items():
         assert told["confirmed"][status] <= counted[status] <= sent
+    assert sum(told["sent"].values()) >= count
     assert ended == kills + recycles
-    assert booted >= ended * 0.95
-    assert files <= 4 * 5 + 2 + 4
-    assert best < 0.2
+    assert best < (0.2 if prove.full else 2)
     assert "Traceback" not in log
 
 
@@ -266,7 +271,7 @@ def test_a_port_in_use_does_not_stop_the_start(tmp_path):
             "(_port.keep_open.__defaults__[0], 0.2)\n"
         )
         with serve(tmp_path, APP, config=config) as (_, port):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=30) as answer:
                 assert answer.status == 200
             taken.close()
             until(lambda: requests_by_status(seen(own)) == {"200": 1})
@@ -295,7 +300,7 @@ def test_requests_at_the_port_stay_with_the_master(tmp_path):
                     connection.recv(1)
             finally:
                 os.kill(process.pid, signal.SIGCONT)
-            connection.settimeout(5)
+            connection.settimeout(30)
             assert connection.recv(100).startswith(b"HTTP/1.0 200")
     assert "Traceback" not in (tmp_path / "gunicorn.log").read_text()
 
@@ -308,10 +313,10 @@ def test_preloaded_app_on_another_worker_and_a_clean_end(tmp_path):
     options = ("-w", "2", "--threads", "4", "--preload")
     with serve(tmp_path, app, *options, worker="gthread", config=config) as (process, port):
         for _ in range(20):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=30).close()
         until(lambda: requests_by_status(seen(own)) == {"200": 20})
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     assert list((tmp_path / "files").iterdir()) == []
 
 
@@ -329,9 +334,9 @@ def test_what_a_killed_master_left_is_removed(tmp_path):
         with serve(tmp_path, APP, config=config) as (second, _):
             assert len(list((tmp_path / "files").glob("master-*"))) == 2
             second.terminate()
-            assert second.wait(20) == 0
+            assert second.wait(60) == 0
         first.terminate()
-        assert first.wait(20) == 0
+        assert first.wait(60) == 0
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["other"]
 
 
@@ -341,7 +346,7 @@ def test_one_process_without_hooks(tmp_path):
     app = APP.replace("Metrics(app)", f"app.config['METRICS_PORT'] = {own}\nMetrics(app)")
     with serve(tmp_path, app, "--preload") as (_, port):
         for _ in range(3):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5).close()
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=30).close()
         until(lambda: requests_by_status(seen(own)) == {"200": 3})
         assert requests_by_status(samples(scrape(port))) == {"200": 3}
 
@@ -350,7 +355,7 @@ def test_a_port_in_the_configuration_that_the_master_cannot_see(tmp_path):
     """Without preload the master does not know the app, and the log says what to do."""
     app = APP.replace("Metrics(app)", "app.config['METRICS_PORT'] = 1\nMetrics(app)")
     with serve(tmp_path, app, config=HOOKS.format(port=0)) as (_, port):
-        urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=5).close()
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/ok", timeout=30).close()
     assert "preload_app = True" in (tmp_path / "gunicorn.log").read_text()
 
 

@@ -11,7 +11,8 @@ from patched import run_patched
 def test_callers_at_the_half_open_moment(prove):
     """The breaker's lock covers counters only, and only the permitted probes are let through."""
     code = """
-    import time
+    import sys, time
+    from gevent.event import Event
     from flask_muset.errors import CircuitOpenError
     from flask_muset.resilience import CircuitBreaker
     probes = {}
@@ -23,29 +24,33 @@ def test_callers_at_the_half_open_moment(prove):
         except ZeroDivisionError:
             pass
         gevent.sleep(0.06)
-        seen, refused = [], []
+        seen, refused, all_have_called = [], [], Event()
         def work():
             seen.append(1)
-            gevent.sleep(0.02)
+            all_have_called.wait()
         def call():
             try:
                 breaker.call(work)
             except CircuitOpenError:
                 refused.append(1)
-        gevent.joinall([gevent.spawn(call) for _ in range(50)])
+        callers = [gevent.spawn(call) for _ in range(50)]
+        while len(seen) + len(refused) < 50:
+            gevent.sleep(0.001)
+        all_have_called.set()
+        gevent.joinall(callers)
         probes[permitted] = [len(seen), len(refused), str(breaker.state)]
-    breaker = CircuitBreaker("y", failure_rate=0.5)
+    breaker, seconds = CircuitBreaker("y", failure_rate=0.5), float(sys.argv[1])
     began = time.monotonic()
-    gevent.joinall([gevent.spawn(breaker.call, gevent.sleep, 0.05) for _ in range(20)])
+    gevent.joinall([gevent.spawn(breaker.call, gevent.sleep, seconds) for _ in range(20)])
     result = {"probes": probes, "took": time.monotonic() - began}
     """
-    found = run_patched(code)
+    found = run_patched(code, 0.05 if prove.full else 0.5)
     prove.figure(
         f"{found['probes']['1'][0]} of 1 and {found['probes']['5'][0]} of 5 probes, "
         f"20 greenlets in {found['took'] * 1000:.0f} ms"
     )
     assert found["probes"] == {"1": [1, 49, "closed"], "5": [5, 45, "closed"]}
-    assert found["took"] < (0.1 if prove.full else 0.5)
+    assert found["took"] < (0.1 if prove.full else 5)
 
 
 @pytest.mark.claim(
@@ -115,7 +120,7 @@ def test_foreign_timeouts_pass_and_release(prove):
         calls.append(1)
         gevent.sleep(1)
     own = CircuitBreaker("own")
-    try: Policy("q", [RetryStrategy(2, 0.0), own, Timeout(0.005)]).call(slow)
+    try: Policy("q", [RetryStrategy(2, 0.0), own, Timeout(0.05)]).call(slow)
     except OperationTimeoutError: pass
     hub = gevent.get_hub()._flask_muset_timers
     result = dict(counts=counts, in_use=bulkhead.in_use, waiting=bulkhead.waiting, after=after,
@@ -147,7 +152,7 @@ def test_a_foreign_timeout_is_known_by_identity():
             gevent.sleep(1)
             result.append("not cut")
     result.append("silenced")
-    outer = gevent.Timeout(0.05)
+    outer = gevent.Timeout(0.5)
     outer.start()
     try:
         try:
@@ -155,7 +160,7 @@ def test_a_foreign_timeout_is_known_by_identity():
                 gevent.sleep(1)
         except OperationTimeoutError:
             result.append("ours")
-        gevent.sleep(1)
+        gevent.sleep(5)
     except gevent.Timeout as seen:
         result.append(seen is outer)
     """
@@ -212,15 +217,15 @@ def test_blocks_made_before_patching():
     code = """
 import json
 from flask_muset.resilience import *
-bulkhead, breaker, limit = Bulkhead(2, max_wait=1), CircuitBreaker("x"), RateLimit(100, 60)
-policy = Policy("p", [breaker, limit, bulkhead, Timeout(1)])
+bulkhead, breaker, limit = Bulkhead(2, max_wait=20), CircuitBreaker("x"), RateLimit(100, 60)
+policy = Policy("p", [breaker, limit, bulkhead, Timeout(20)])
 from gevent import monkey; monkey.patch_all()
 import gevent
 most, now = [], []
 def work():
     now.append(1); most.append(len(now)); gevent.sleep(0.01); now.pop()
 greenlets = [gevent.spawn(policy.call, work) for _ in range(20)]
-gevent.joinall(greenlets, timeout=5, raise_error=True)
+gevent.joinall(greenlets, timeout=60, raise_error=True)
 print(json.dumps([max(most), bulkhead.in_use, sum(g.successful() for g in greenlets)]))
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -297,18 +302,18 @@ def test_spawned_greenlets_carry_deadline_and_context():
     def look():
         left = deadline.remaining()
         try:
-            gevent.sleep(5)
+            gevent.sleep(30)
         except BaseException as error:
             return [field.get(), left is not None, type(error).__name__]
     def plain():
         return [field.get(), deadline.remaining()]
-    with deadline(0.05):
+    with deadline(0.5):
         other = gevent.spawn(plain)
         child = context.spawn(look)
         other.join()
         try: child.join()
         except BaseException as error: pass
-    child.join(1)
+    child.join(20)
     result = [other.value, child.value]
     """
     plain, carried = run_patched(code.replace("child.join()", "gevent.sleep(0)"))
@@ -381,7 +386,7 @@ def test_many_deadlines_leave_nothing_behind():
     timers = gevent.get_hub()._flask_muset_timers
     began = time.monotonic()
     gevent.get_hub().join(timeout=5)  # the loop does not live on for a timer that nobody needs
-    result = [len(timers._heap) < 200, timers._running, time.monotonic() - began < 1]
+    result = [len(timers._heap) < 200, timers._running, time.monotonic() - began < 4]
     """
     assert run_patched(code) == [True, 0, True]
 
