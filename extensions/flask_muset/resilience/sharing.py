@@ -132,7 +132,8 @@ class SharedBreakers:
         self._wake: Any = None
         #: Until when somebody reads for all who wait.
         self._reading: Any = None
-        self._must_read = True
+        #: Stands for what was missed and is to be read, None if there is nothing.
+        self._must_read: object | None = object()
         self._confirmed_at = -math.inf
         #: Whether Redis answers and refuses what is sent.
         self._is_refused = False
@@ -281,12 +282,12 @@ class SharedBreakers:
 
     def linked(self, *, was_away: bool) -> None:
         """What was published before is not known: all states are read."""
-        self._must_read = True
+        self._must_read = object()
         self.wake()
 
     def confirmed(self, since: float) -> None:
         """Nothing was missed."""
-        if not self._must_read:
+        if self._must_read is None:
             self._confirmed_at = time.monotonic()
 
     def heard(self, kind: str, text: str) -> None:
@@ -347,7 +348,7 @@ class SharedBreakers:
             # Whoever has seen the loop running may still wake it.
             self._wake, self._thread = nobody, None
             feed, self._feed = self._feed, None
-            self._must_read = True
+            self._must_read = object()
         if feed is not None:
             feed.close()
         for breaker in list(self._breakers.values()):
@@ -360,7 +361,7 @@ class SharedBreakers:
         if self._redis.state == "up":
             self._try_to_exchange()
         else:
-            self._must_read = True
+            self._must_read = object()
         state = self.state
         if state != self._told:
             self._told = state
@@ -401,7 +402,7 @@ class SharedBreakers:
 
     def _exchange(self) -> Iterator[Callable[[], object]]:
         feed = self._feed
-        if self._must_read or feed is None or not feed.is_linked:
+        if self._must_read is not None or feed is None or not feed.is_linked:
             yield self._read_all
         for breaker in list(self._breakers.values()):
             yield partial(self._send, breaker)
@@ -415,12 +416,11 @@ class SharedBreakers:
 
     def _read_all(self) -> None:
         """Take all states that are stored, so that nothing that was missed matters any more."""
-        began, self._must_read = time.monotonic(), False
-        try:
-            self._read(list(self._breakers.values()))
-        except BaseException:
-            self._must_read = True
-            raise
+        # A call and the loop may read at the same time: it is done only when it has succeeded.
+        began, missed = time.monotonic(), self._must_read
+        self._read(list(self._breakers.values()))
+        if self._must_read is missed:
+            self._must_read = None
         self._confirmed_at = began
 
     def _read(self, breakers: Sequence[CircuitBreaker]) -> None:
