@@ -873,7 +873,9 @@ class _Link:
         level = logging.INFO if state == _UP else logging.WARNING
         _log.log(level, "the link to %s is %s: %s", self.name, state, reason)
         context.emit(redis_link_changed, LinkEvent(self.name, state))
-        self._changed(state)
+        # After a close the client begins anew, with a link that is taken to be up.
+        if self.state != _CLOSED:
+            self._changed(state)
 
     def _refusal(self) -> CircuitOpenError:
         now = SYSTEM.now()

@@ -199,6 +199,22 @@ def test_secrets_stay_secret(tmp_path, make, states, caplog):
         server.kill()
 
 
+def test_a_client_that_is_closed_hears_no_more_of_its_link(tmp_path, make, mine):
+    """A probe may fail in the moment of the close; the client then begins anew and is up."""
+    client, told = make(RedisServer(tmp_path).url), []
+    client.on_change = told.append
+
+    def close(_sender, event):
+        if (event.name, event.state) == (mine, "down"):
+            client.close()
+
+    with signals.redis_link_changed.connected_to(close):
+        with pytest.raises(NetworkError):
+            client.execute("GET", "k")
+        until(lambda: client.state == "up")
+    assert told == ["doubt"]
+
+
 # --- Redis that is away, under threads ------------------------------------------------------------
 
 
