@@ -855,31 +855,31 @@ def stream(way):
 
 def kill(way):
     reader = gevent.spawn(list, stream(way))
-    gevent.sleep(0.3)
+    gevent.sleep(2)
     print_time(way)
     reader.kill()
 
 def close(way):
     pieces = stream(way)
     reader = gevent.spawn(list, pieces)
-    gevent.sleep(0.3)
+    gevent.sleep(2)
     print_time(way)
     pieces.close()
     reader.join()
     assert "closed by its caller" in str(reader.exception), reader.exception
 
 def timeout(way):
-    print_time(way, 0.3)
-    with gevent.Timeout(0.3, False):
+    print_time(way, 2)
+    with gevent.Timeout(2, False):
         list(stream(way))
 
 def expire(way):
-    print_time(way, 0.3)
+    print_time(way, 2)
     try:
-        with deadline(0.3):
+        with deadline(2):
             list(stream(way))
     except Exception as error:
-        assert error.message == "not done within 0.3 s", error
+        assert error.message == "not done within 2 s", error
 
 def print_time(way, later=0):
     print(way, time.time() + later, sep="=", flush=True)
@@ -889,7 +889,7 @@ WAYS = [f"{way} {when}" for way in ("kill", "close", "timeout", "expire")
 readers = [gevent.spawn(globals()[way.partition(" ")[0]], way) for way in WAYS]
 gevent.joinall(readers, raise_error=True)
 print("done", flush=True)
-gevent.sleep(5)
+gevent.sleep(60)
 """
 
 
@@ -927,7 +927,7 @@ def test_giving_up_under_gevent_closes_the_connection(prove):
     waits = {way: closed[way] - float(at) for way, at in gave_up.items()}
     assert len(waits) == 8
     prove.figure(f"{max(0.0, *waits.values()) * 1000:.1f} ms at most")
-    assert max(waits.values()) < (0.1 if prove.full else 2.0), waits
+    assert max(waits.values()) < (0.1 if prove.full else 10), waits
 
 
 FORK = """
@@ -983,14 +983,14 @@ OUTCOMES = {
 def test_every_fault_of_the_scripted_server(upstream):
     """Each becomes the documented error or the whole answer, and one request is made for it."""
     assert OUTCOMES.keys() == KINDS.keys()
-    provider = provider_of(upstream, idle_timeout_s=0.3)
+    provider = provider_of(upstream, idle_timeout_s=1.5)
     for kind, expected in OUTCOMES.items():
         upstream.reset()
         upstream.script([kind])
         if expected is None:
             ask(upstream, provider=provider)
         else:
-            error = error_of(upstream, provider=provider, seconds=0.3 if expected[0] == 504 else 10)
+            error = error_of(upstream, provider=provider, seconds=1.5 if expected[0] == 504 else 10)
             assert (error.status, getattr(error, "unavailable", None)) == expected, kind
         assert [seen.outcome for seen in upstream.settled()] == [kind]
 
