@@ -559,7 +559,7 @@ def test_tls(monkeypatch):
         provider = provider_of(wire)
         assert ask(wire, provider=provider)[0] == ask(wire, provider=provider)[0] == "Old."
         assert wire.connections == 1
-        error, seconds = _closed_while_waiting(provider, left)
+        error, seconds = _closed_while_waiting(wire, provider, left)
     assert error.status == 502
     assert seconds < 5
 
@@ -769,7 +769,7 @@ def test_a_connection_that_the_server_has_closed_is_not_used():
     with Wire(closes) as wire:
         provider = provider_of(wire)
         ask(wire, provider=provider)
-        time.sleep(0.05)
+        until(lambda: wire._socks[0].fileno() < 0)
         ask(wire, provider=provider)
         assert wire.connections == 2
 
@@ -808,9 +808,9 @@ def test_connections_are_bounded_and_permits_come_back(monkeypatch):
     assert error_of(wire, provider=provider).unavailable
 
 
-def _closed_while_waiting(provider, left):
+def _closed_while_waiting(wire, provider, left):
     """Close a stream while another thread waits in it; its error, and when the server saw it."""
-    pieces, errors = provider.stream(asking()), []
+    pieces, errors, before = provider.stream(asking()), [], len(wire.requests)
 
     def wait():
         try:
@@ -820,6 +820,7 @@ def _closed_while_waiting(provider, left):
 
     thread = threading.Thread(target=wait)
     thread.start()
+    until(lambda: len(wire.requests) > before)
     time.sleep(0.2)
     pieces.close()
     closed = time.monotonic()
@@ -834,7 +835,7 @@ def test_a_stream_is_closed_while_another_thread_waits_in_it(pieces):
     left = []
     with Wire(stalls_after(*pieces, left=left), says(chunk("Old."), DONE)) as wire:
         provider = provider_of(wire)
-        error, seconds = _closed_while_waiting(provider, left)
+        error, seconds = _closed_while_waiting(wire, provider, left)
         assert isinstance(error, ExternalServiceError)
         assert seconds < 5
         assert ask(wire, provider=provider)[0] == "Old."
