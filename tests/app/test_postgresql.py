@@ -156,7 +156,7 @@ def test_a_statement_ends_with_the_time_of_its_request(make):
     """Also where nothing can be cut off here: the server does it, and the connection lives on."""
     database = make()
     for _ in range(8):
-        with deadline(0.05), pytest.raises(Exception, match="statement timeout") as caught:
+        with deadline(0.2), pytest.raises(Exception, match="statement timeout") as caught:
             database.read(lambda c: c.execute(text("SELECT pg_sleep(30)")))
         assert isinstance(translate(caught.value, {}), OperationTimeoutError)
     assert database.read(lambda c: c.execute(COUNT).scalar_one()) == 0
