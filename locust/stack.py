@@ -6,7 +6,9 @@ Everything ends with the block that it was started for.
 
 import contextlib
 import importlib.util
+import itertools
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -26,6 +28,9 @@ ROOT = Path(__file__).resolve().parents[1]
 _SHIPPED = ROOT / "deploy" / "nginx"
 #: Of Debian's packages, which are not in everybody's path.
 _PLACES = ("/usr/sbin", "/usr/local/sbin", "/usr/local/bin")
+#: None of those that the system gives to outgoing connections (Linux: from 32,768), so that what
+#: was free is so still when its server starts.
+_PORTS = itertools.cycle(random.sample(range(10_000, 12_000), 2000))
 _START_S = 40.0
 #: So long each part has to end by itself.
 _END_S = 10.0
@@ -51,9 +56,11 @@ class MissingError(Exception):
 
 def free_port() -> int:
     """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Stack:

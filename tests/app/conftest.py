@@ -9,6 +9,7 @@ from postgres_server import PostgresServer
 
 from flask_muset import Resilience
 from flask_muset.cache_strategies import cache_manager
+from flask_muset.redis import GuardedRedis
 from muset import migrations
 from muset.app import create_app, make_services
 from muset.ports import Role
@@ -63,6 +64,12 @@ def environ(request, tmp_path, database):
 
 
 @pytest.fixture
+def patient_redis(monkeypatch):
+    """Gives each call of Redis much time: on a slow machine a healthy one is not taken for ill."""
+    monkeypatch.setitem(GuardedRedis.__init__.__kwdefaults__, "budget_s", 2.0)
+
+
+@pytest.fixture
 def settings(environ):
     return load_settings(environ)
 
@@ -81,7 +88,7 @@ def end():
 
     def end(app):
         with app.app_context():
-            cache_manager._cache().behind.drain.close(0.5)
+            cache_manager._cache().behind.drain.close(5)
         app.extensions["muset"].database.close()
 
     return end

@@ -1,15 +1,16 @@
 """The newest errors of the service, as operators read them from any worker."""
 
-import time
-
 import pytest
 from redis_server import redis_server  # noqa: F401 - a fixture
+from waiting import until
 
 from flask_muset import Resilience
 from muset import migrations
 from muset.app import create_app, make_services
 from muset.ports import Role
 from muset.settings import load_settings
+
+pytestmark = pytest.mark.usefixtures("patient_redis")
 
 URL = "/api/v1/admin/errors"
 
@@ -41,13 +42,16 @@ def fail(app, headers):
         assert answer.status_code == 500
 
 
-def until_source(app, headers, source):
-    """The list, once it is of this source: a busy machine may miss the budget of a call."""
-    end = time.monotonic() + 20
-    while (listed := get(app, headers))["source"] != source:
-        assert time.monotonic() < end, listed
-        time.sleep(0.05)
-    return listed
+def items(app, headers, source):
+    """What a worker lists, None while it is not of this source."""
+    listed = get(app, headers)
+    return listed["items"] if listed["source"] == source else None
+
+
+def kept_twice(app, headers):
+    """The one error that all workers list, once both times are counted."""
+    listed = items(app, headers, "all workers")
+    return listed if listed and [error["count"] for error in listed] == [2] else None
 
 
 def test_any_worker_lists_the_errors_of_all(workers, redis_server):  # noqa: F811
@@ -55,17 +59,17 @@ def test_any_worker_lists_the_errors_of_all(workers, redis_server):  # noqa: F81
     (one, two), admin = workers
     fail(one, admin)
     fail(two, admin)
-    until_source(one, admin, "all workers")
-    (kept,) = until_source(two, admin, "all workers")["items"]
-    assert (kept["type"], kept["count"]) == ("ZeroDivisionError", 2)
+    until(lambda: kept_twice(one, admin))
+    (kept,) = until(lambda: kept_twice(two, admin))
+    assert kept["type"] == "ZeroDivisionError"
     found = get(two, admin, f"{URL}/{kept['fingerprint']}")
     assert found == kept | {"source": "all workers"}
     missing = get(two, admin, f"{URL}/none")
     assert missing["details"] == {"fingerprint": "none", "source": "all workers"}
 
     redis_server.kill()
-    listed = until_source(two, admin, "this process")
-    assert [(error["error"], error["count"]) for error in listed["items"]] == [
+    own = until(lambda: items(two, admin, "this process"))
+    assert [(error["error"], error["count"]) for error in own] == [
         ("NotFoundError", 1),
         ("InternalError", 1),
     ]

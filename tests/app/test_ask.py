@@ -371,7 +371,7 @@ def test_a_cut_within_the_hold_back_is_not_seen(make):
 
 def test_a_cut_after_the_hold_back_is_an_error(make):
     """The client has a part of the text: no second text, and nothing is kept."""
-    first = Scripted(["The queen ", 0.2, "lays ", 0.2, cut()])
+    first = Scripted(["The queen ", 0.8, "lays ", 0.2, cut()])
     second = Scripted(GOOD, name="second")
     service = make(first, second, hold_back_s=0.05)
     _, events = service.stream()
@@ -393,7 +393,7 @@ def test_a_cut_after_the_hold_back_is_an_error(make):
 
 def test_a_cut_stream_counts_against_its_provider(make):
     """A provider that breaks off in the middle again and again is left alone as well."""
-    first = Scripted(["The queen ", 0.1, "lays ", cut()])
+    first = Scripted(["The queen ", 0.5, "lays ", cut()])
     service = make(first, hold_back_s=0.01, CIRCUIT_BREAKER_THRESHOLD="2")
     ends = [service.stream()[1][-1][0] for _ in range(3)]
     assert ends == ["error", "error", "done"]
@@ -402,7 +402,7 @@ def test_a_cut_stream_counts_against_its_provider(make):
 
 def test_a_stream_says_that_it_lives(make):
     """Comments while no token comes, before the first one too; an error is an event then."""
-    service = make(Scripted([0.5, "The queen ", 0.5, "lays [1]."], [0.5, cut()]), keep_alive_s=0.1)
+    service = make(Scripted([1, "The queen ", 1, "lays [1]."], [1, cut()]), keep_alive_s=0.1)
     response, events = service.stream()
     begin, _, end = response.text.partition("event: delta")
     assert begin.count("\n: ") + end.count("\n: ") >= 4

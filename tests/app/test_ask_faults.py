@@ -46,7 +46,7 @@ def upstream():
 @pytest.fixture
 def service(upstream, tmp_path):
     upstream.reset()
-    provider = OpenAIProvider("model", upstream.base_url, MODEL, idle_timeout_s=0.4)
+    provider = OpenAIProvider("model", upstream.base_url, MODEL, idle_timeout_s=1.5)
     service = Service(
         tmp_path, [provider], times=Times(hold_back_s=0.0), CIRCUIT_BREAKER_THRESHOLD="1000"
     )

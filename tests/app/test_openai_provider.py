@@ -559,7 +559,7 @@ def test_tls(monkeypatch):
         provider = provider_of(wire)
         assert ask(wire, provider=provider)[0] == ask(wire, provider=provider)[0] == "Old."
         assert wire.connections == 1
-        error, seconds = _closed_while_waiting(provider, left)
+        error, seconds = _closed_while_waiting(wire, provider, left)
     assert error.status == 502
     assert seconds < 5
 
@@ -769,7 +769,7 @@ def test_a_connection_that_the_server_has_closed_is_not_used():
     with Wire(closes) as wire:
         provider = provider_of(wire)
         ask(wire, provider=provider)
-        time.sleep(0.05)
+        until(lambda: wire._socks[0].fileno() < 0)
         ask(wire, provider=provider)
         assert wire.connections == 2
 
@@ -808,9 +808,9 @@ def test_connections_are_bounded_and_permits_come_back(monkeypatch):
     assert error_of(wire, provider=provider).unavailable
 
 
-def _closed_while_waiting(provider, left):
+def _closed_while_waiting(wire, provider, left):
     """Close a stream while another thread waits in it; its error, and when the server saw it."""
-    pieces, errors = provider.stream(asking()), []
+    pieces, errors, before = provider.stream(asking()), [], len(wire.requests)
 
     def wait():
         try:
@@ -820,6 +820,7 @@ def _closed_while_waiting(provider, left):
 
     thread = threading.Thread(target=wait)
     thread.start()
+    until(lambda: len(wire.requests) > before)
     time.sleep(0.2)
     pieces.close()
     closed = time.monotonic()
@@ -834,7 +835,7 @@ def test_a_stream_is_closed_while_another_thread_waits_in_it(pieces):
     left = []
     with Wire(stalls_after(*pieces, left=left), says(chunk("Old."), DONE)) as wire:
         provider = provider_of(wire)
-        error, seconds = _closed_while_waiting(provider, left)
+        error, seconds = _closed_while_waiting(wire, provider, left)
         assert isinstance(error, ExternalServiceError)
         assert seconds < 5
         assert ask(wire, provider=provider)[0] == "Old."
@@ -855,31 +856,31 @@ def stream(way):
 
 def kill(way):
     reader = gevent.spawn(list, stream(way))
-    gevent.sleep(0.3)
+    gevent.sleep(2)
     print_time(way)
     reader.kill()
 
 def close(way):
     pieces = stream(way)
     reader = gevent.spawn(list, pieces)
-    gevent.sleep(0.3)
+    gevent.sleep(2)
     print_time(way)
     pieces.close()
     reader.join()
     assert "closed by its caller" in str(reader.exception), reader.exception
 
 def timeout(way):
-    print_time(way, 0.3)
-    with gevent.Timeout(0.3, False):
+    print_time(way, 2)
+    with gevent.Timeout(2, False):
         list(stream(way))
 
 def expire(way):
-    print_time(way, 0.3)
+    print_time(way, 2)
     try:
-        with deadline(0.3):
+        with deadline(2):
             list(stream(way))
     except Exception as error:
-        assert error.message == "not done within 0.3 s", error
+        assert error.message == "not done within 2 s", error
 
 def print_time(way, later=0):
     print(way, time.time() + later, sep="=", flush=True)
@@ -889,7 +890,7 @@ WAYS = [f"{way} {when}" for way in ("kill", "close", "timeout", "expire")
 readers = [gevent.spawn(globals()[way.partition(" ")[0]], way) for way in WAYS]
 gevent.joinall(readers, raise_error=True)
 print("done", flush=True)
-gevent.sleep(5)
+gevent.sleep(60)
 """
 
 
@@ -927,7 +928,7 @@ def test_giving_up_under_gevent_closes_the_connection(prove):
     waits = {way: closed[way] - float(at) for way, at in gave_up.items()}
     assert len(waits) == 8
     prove.figure(f"{max(0.0, *waits.values()) * 1000:.1f} ms at most")
-    assert max(waits.values()) < (0.1 if prove.full else 2.0), waits
+    assert max(waits.values()) < (0.1 if prove.full else 10), waits
 
 
 FORK = """
@@ -983,14 +984,14 @@ OUTCOMES = {
 def test_every_fault_of_the_scripted_server(upstream):
     """Each becomes the documented error or the whole answer, and one request is made for it."""
     assert OUTCOMES.keys() == KINDS.keys()
-    provider = provider_of(upstream, idle_timeout_s=0.3)
+    provider = provider_of(upstream, idle_timeout_s=1.5)
     for kind, expected in OUTCOMES.items():
         upstream.reset()
         upstream.script([kind])
         if expected is None:
             ask(upstream, provider=provider)
         else:
-            error = error_of(upstream, provider=provider, seconds=0.3 if expected[0] == 504 else 10)
+            error = error_of(upstream, provider=provider, seconds=1.5 if expected[0] == 504 else 10)
             assert (error.status, getattr(error, "unavailable", None)) == expected, kind
         assert [seen.outcome for seen in upstream.settled()] == [kind]
 

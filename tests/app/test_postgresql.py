@@ -88,15 +88,15 @@ def tick():
         gevent.sleep(0.01); ticks[0] += 1
 ticker = gevent.spawn(tick)
 began = time.monotonic()
-sleepers = [gevent.spawn(database.read, run("SELECT pg_sleep(0.5)")) for _ in range(8)]
+sleepers = [gevent.spawn(database.read, run("SELECT pg_sleep(2)")) for _ in range(8)]
 gevent.joinall(sleepers, raise_error=True)
-assert time.monotonic() - began < 3, "they wait one after the other"
+assert time.monotonic() - began < 10, "they wait one after the other"
 assert ticks[0] > 10, "the hub stood still"
 
 # Cut off by a time limit of somebody else's: not even the connection is used again.
 def slow_write():
     with gevent.Timeout(0.2, False):
-        database.write(add("cut", "SELECT pg_sleep(1)"))
+        database.write(add("cut", "SELECT pg_sleep(5)"))
         raise AssertionError("not cut off")
 slow_write()
 assert database._engine.pool.checkedout() == 0
@@ -116,10 +116,10 @@ assert database.read(run("SELECT count(*) FROM users")) == 0
 # Cut off while it is being kept: it is known to be kept, and nobody is told that it was late.
 database.write(lambda c: [
     c.exec_driver_sql("CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS "
-        "'BEGIN PERFORM pg_sleep(1); RETURN NULL; END'"),
+        "'BEGIN PERFORM pg_sleep(3); RETURN NULL; END'"),
     c.exec_driver_sql("CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON users DEFERRABLE "
         "INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()")])
-with gevent.Timeout(0.5):
+with gevent.Timeout(1.5):
     database.write(add("kept"))
 assert database.read(run("SELECT count(*) FROM users")) == 1
 database.write(lambda c: c.exec_driver_sql("DROP TRIGGER slow ON users"))
@@ -156,7 +156,7 @@ def test_a_statement_ends_with_the_time_of_its_request(make):
     """Also where nothing can be cut off here: the server does it, and the connection lives on."""
     database = make()
     for _ in range(8):
-        with deadline(0.05), pytest.raises(Exception, match="statement timeout") as caught:
+        with deadline(0.2), pytest.raises(Exception, match="statement timeout") as caught:
             database.read(lambda c: c.execute(text("SELECT pg_sleep(30)")))
         assert isinstance(translate(caught.value, {}), OperationTimeoutError)
     assert database.read(lambda c: c.execute(COUNT).scalar_one()) == 0
@@ -165,7 +165,7 @@ def test_a_statement_ends_with_the_time_of_its_request(make):
 
 def test_who_is_gone_keeps_no_locks(make, postgres_url, monkeypatch):
     """A transaction of which the server hears nothing more ends, and others go on; 503 if late."""
-    monkeypatch.setattr(postgresql, "_GONE_MS", 200)
+    monkeypatch.setattr(postgresql, "_GONE_MS", 2000)
     one, two = make(), make()
     one.write(add_user("a@example.org"))
     rename = text("UPDATE users SET email = :email")
@@ -264,13 +264,13 @@ def hold(connection):
     held.set()
     free.wait()
 
-def one():
-    with deadline(0.3):
+def one(seconds):
+    with deadline(seconds):
         return database.read(lambda c: c.execute(text("SELECT 1")).scalar())
 
 def refused():
     try:
-        one()
+        one(0.3)
     except MusetError as error:
         return error.status, error.retry_after
 
@@ -284,7 +284,7 @@ with app.app_context():
     assert {each.value for each in burst} - {(504, None)} == {(503, 1)}
     free.set()
     holder.get()
-    assert one() == 1, "the place is lost"
+    assert one(10) == 1, "the place is lost"
     assert policy.breaker.snapshot()["failures"] == 0
     assert policy.breaker.snapshot()["state"] == "closed"
     # A database that does not answer in time is one that fails: a place was there.

@@ -28,10 +28,11 @@ class Source:
 
 def test_nobody_gets_what_was_read_before_he_asked():
     """One reads; those who come meanwhile share the next reading, or its error."""
-    source, found = Source(), {}
+    source, found, asking = Source(), {}, set()
     shared = SharedRead(source.read)
 
     def ask(name):
+        asking.add(name)
         try:
             found[name] = shared()
         except ConnectionError as error:
@@ -41,6 +42,7 @@ def test_nobody_gets_what_was_read_before_he_asked():
         threads = [threading.Thread(target=ask, args=(name,)) for name in names]
         for thread in threads:
             thread.start()
+        until(lambda: asking.issuperset(names))
         time.sleep(0.1)
         return threads
 

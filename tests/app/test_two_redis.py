@@ -11,7 +11,10 @@ from muset.app import create_app
 from muset.cli import main
 from muset.settings import SettingsError, load_settings
 
-pytestmark = pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+pytestmark = [
+    pytest.mark.parametrize("database", ["sqlite"], indirect=True),
+    pytest.mark.usefixtures("patient_redis"),
+]
 
 BEES = {"title": "Bees", "text": "A bee colony has one queen. The queen lays 2,000 eggs a day."}
 ASK = {"question": "How many eggs does the queen lay a day?"}

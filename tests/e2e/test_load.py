@@ -270,9 +270,20 @@ def test_ctrl_c_on_the_page_ends_with_1(runs):
 
 
 def children(pid):
-    """All processes below one."""
-    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    """All processes below one; none of one that has just gone."""
+    try:
+        below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return [one for child in below for one in (int(child), *children(int(child)))]
+
+
+def is_running(pid):
+    """Whether a process is there and is not one that only has not been waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +307,9 @@ def interrupted(tmp_path_factory):
             break
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=90)
-    left = [pid for pid in started if Path(f"/proc/{pid}").exists()]
+    end = time.monotonic() + 10
+    while (left := [pid for pid in started if is_running(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
     return SimpleNamespace(
         text="".join(lines), code=process.returncode, started=started, left=left, folder=folder
     )

@@ -63,12 +63,12 @@ STUBBORN = """
 import contextlib, subprocess, sys
 import run
 run.LIMIT_S, run.ENDING_S, run._END_S = 2.0, 1.5, 0.5
+stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(600)"
+process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+process.stdout.readline()
 
 @contextlib.contextmanager
 def running(folder):
-    stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(); time.sleep(600)"
-    process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
-    process.stdout.readline()
     try:
         process.wait()
         yield

@@ -61,14 +61,14 @@ class Service:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        while time.monotonic() - began < 30:
+        while time.monotonic() - began < 90:
             assert self.process.poll() is None, self.output()
-            with contextlib.suppress(requests.ConnectionError):
+            with contextlib.suppress(requests.ConnectionError, requests.Timeout):
                 if requests.get(f"{self.url}/health/ready", timeout=5).ok:
                     break
             time.sleep(0.02)
         else:
-            pytest.fail(f"not ready in 30 s: {self.output()}")
+            pytest.fail(f"not ready in 90 s: {self.output()}")
         found = re.search(r"^Admin key: (msk_\S+)$", self.output(), re.MULTILINE)
         self.key = found[1] if found else self.key
         return time.monotonic() - began
@@ -107,7 +107,7 @@ class Service:
 
     def kill_group(self):
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
+        self.process.wait(30)
         self._output.close()
 
     def stop(self, sig=signal.SIGTERM, *, group=False):
@@ -119,7 +119,7 @@ class Service:
 
     def wait(self):
         """Wait for its end; gives the exit code."""
-        code = self.process.wait(40)
+        code = self.process.wait(90)
         self._output.close()
         return code
 

@@ -78,7 +78,9 @@ def test_a_large_body_is_refused_before_it_is_read(make_nginx):
 
 def test_in_front_of_the_service(make_service, make_nginx):
     """Ids, addresses and errors pass; a stream goes on as it comes."""
-    with Upstream(seed=1, models=["m"], first_token="0.1", tokens_per_second=4) as upstream:
+    with Upstream(
+        seed=1, models=["m"], first_token="0.1", tokens_per_second=4, tokens=12
+    ) as upstream:
         service = make_service(AI_BASE_URL=upstream.base_url, AI_MODEL="m")
         service.start()
         nginx = make_nginx(service.address)

@@ -105,4 +105,5 @@ def goes_and_comes_back(service, session, name, fault):
     until(lambda: ready()["status"] == "ready")
     until(lambda: session.get(mine, timeout=30).json() == {"is": f"before {name}"})
     until(lambda: put(f"after {name}").ok)
-    assert session.get(mine, timeout=30).json() == {"is": f"after {name}"}
+    read = until(lambda: (found := session.get(mine, timeout=30)).status_code < 500 and found)
+    assert read.json() == {"is": f"after {name}"}

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import random
+import re
 import signal
 import sqlite3
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from waiting import until
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -18,6 +20,12 @@ def words(seed, count):
     """Text that no other seed makes."""
     rng = random.Random(seed)
     return " ".join(f"w{rng.randrange(10**6)}" for _ in range(count))
+
+
+def active(service):
+    """How many requests are being served, the one that asks included."""
+    text = requests.get(f"{service.url}/metrics", timeout=30).text
+    return float(re.search(r"^muset_http_requests_active (\S+)", text, re.MULTILINE)[1])
 
 
 @pytest.mark.claim(
@@ -31,7 +39,7 @@ def test_start_stop(service, prove):
     times = []
     for number, (sig, group) in enumerate([(signal.SIGTERM, False), (signal.SIGINT, True)]):
         kept = requests.Session()  # an idle kept connection must not hold up the stop
-        kept.get(f"{service.url}/health/live", timeout=5)
+        kept.get(f"{service.url}/health/live", timeout=30)
         text = "\n\n".join(words(f"{number}-{i}", 60) for i in range(3000))
         answers = []
 
@@ -42,7 +50,7 @@ def test_start_stop(service, prove):
 
         thread = threading.Thread(target=upload)
         thread.start()
-        time.sleep(0.15)
+        until(lambda answers=answers: answers or active(service) >= 2)
         began = time.monotonic()
         assert service.stop(sig, group=group) == 0, service.output()
         times.append(time.monotonic() - began)
@@ -51,7 +59,7 @@ def test_start_stop(service, prove):
         ready = service.start()
         assert "Admin key" not in service.output()
     prove.figure(f"ready in {ready:.1f} s; stopped in {times[0]:.1f} and {times[1]:.1f} s, exit 0")
-    assert max(times) < 10
+    assert max(times) < (10 if prove.full else 18)
     assert ready < 3 or not prove.full
 
 
@@ -73,25 +81,26 @@ def test_killed_during_uploads(service, prove):
             body = {"title": f"{number}-{i}", "text": text}
             url = f"{service.url}/api/v1/documents"
             try:
-                answer = requests.post(url, json=body, headers=service.headers, timeout=10)
+                answer = requests.post(url, json=body, headers=service.headers, timeout=30)
             except requests.RequestException:
                 return
             if answer.status_code == 201:
                 accepted[answer.json()["id"]] = text
 
+        upload(0)  # however slow the machine is, one is accepted
         stop.start()
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
-            list(pool.map(upload, range(per_round)))
+            list(pool.map(upload, range(1, per_round)))
         sent += per_round
         stop.join()
         service.start()
     lost = []
     for document_id, text in accepted.items():
         url = f"{service.url}/api/v1/documents/{document_id}"
-        read = requests.get(url, headers=service.headers, timeout=5)
+        read = requests.get(url, headers=service.headers, timeout=30)
         question = {"question": " ".join(text.split()[:6]), "document_ids": [document_id]}
         asked = requests.post(
-            f"{service.url}/api/v1/ask", json=question, headers=service.headers, timeout=5
+            f"{service.url}/api/v1/ask", json=question, headers=service.headers, timeout=30
         )
         if read.json().get("text") != text or not asked.json()["citations"]:
             lost.append(document_id)
@@ -129,7 +138,7 @@ def test_clients_while_indexing(service, prove):
         assert set(pool.map(call, sessions * 5)) == {200}
         capacity = len(sessions) * 5 / (time.monotonic() - began)
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
-        big = "\n\n".join(words(i, 90) for i in range(8000))[: 5 * 1024 * 1024]
+        big = "\n\n".join(words(i, 90) for i in range(8000))[: (5 if prove.full else 1) << 20]
         done = []
 
         def upload():

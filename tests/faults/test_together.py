@@ -12,6 +12,7 @@ import psycopg
 import pytest
 import requests
 from load import Load
+from waiting import until
 
 from muset.testing.upstream import Upstream
 
@@ -252,7 +253,8 @@ def test_everything_fails_once(make_stack, prove):
         assert undocumented == []
         assert worst < (5 if prove.full else 30)
         for service in stack.services:
-            assert requests.get(f"{service.url}/health/ready", timeout=30).json()["reasons"] == []
+            url = f"{service.url}/health/ready"
+            until(lambda url=url: requests.get(url, timeout=30).json()["reasons"] == [])
 
 
 # --- A host that is there and cannot be heard -----------------------------------------------------
