@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,9 @@ def test_installs_name_both_folders(name):
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
         if "pip install" in line and "-e ." in line.replace("'", ""):
             assert "./extensions" in line, line
+
+
+def test_every_test_module_has_a_name_of_its_own():
+    """`make prove` collects all of them in one run, where two of one name cannot be told apart."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
