@@ -132,6 +132,8 @@ class SharedBreakers:
         self._wake: Any = None
         #: Until when somebody reads for all who wait.
         self._reading: Any = None
+        #: Until when somebody sends what a breaker owes, by its name.
+        self._sending: dict[str, Any] = {}
         #: Stands for what was missed and is to be read, None if there is nothing.
         self._must_read: object | None = object()
         self._confirmed_at = -math.inf
@@ -442,6 +444,23 @@ class SharedBreakers:
             breaker.owe_anew(is_stale=-math.inf < self._confirmed_at < time.monotonic() - _KEPT_S)
 
     def _send(self, breaker: CircuitBreaker) -> None:
+        """Send what a breaker owes, the loop or a call alone.
+
+        What an operator insists on, sent twice, would undo what another one has said in between.
+        """
+        if breaker.debt() is None:
+            return
+        name, mine = breaker.shared_name, make_event()
+        while (other := self._sending.setdefault(name, mine)) is not mine:
+            if not other.wait(self._redis.budget_s):
+                return
+        try:
+            self._pay(breaker)
+        finally:
+            del self._sending[name]
+            mine.set()
+
+    def _pay(self, breaker: CircuitBreaker) -> None:
         debt = breaker.debt()
         if debt is None:
             return

@@ -90,7 +90,8 @@ def nodes():
 def end(node):
     """End what listens and sends, as the end of a process does."""
     sharing = node.sharing
-    wake, sharing._wake = sharing._wake, None
+    # The feed may be about to wake it.
+    wake, sharing._wake = sharing._wake, threading.Event()
     if wake is not None:
         wake.set()
         sharing._feed.close()
@@ -535,6 +536,24 @@ def test_forced_states_reach_all(server, nodes):
         until(lambda: seen == ["forced_open", "closed"])
     late = nodes(server.url)
     assert not is_refused(late)
+
+
+def test_what_an_operator_says_is_sent_once(server, nodes, monkeypatch):
+    """Not by the call and by the loop: the later one would undo what others have said meanwhile."""
+    a = nodes(server.url)
+    until_shared(a)
+    run, sent = a.sharing._run, []
+
+    def slowly(script, *words):
+        if script is sharing._CHANGE:
+            sent.append(words)
+            time.sleep(0.2)
+        return run(script, *words)
+
+    monkeypatch.setattr(a.sharing, "_run", slowly)
+    assert force(a.app, "x", "open")
+    time.sleep(0.2)
+    assert len(sent) == 1
 
 
 def test_a_forced_state_wins_over_a_trip_that_nobody_knows_of(server, nodes):
