@@ -321,7 +321,7 @@ def main():
         print(json.dumps(c.instructions(cs, 500, 2500)))
         return
     if a.instructions:
-        print(c.under_valgrind([__file__, "--child"]))
+        print(c.under_valgrind([__file__, "--child"]), end="")
         return
     fns, n = {}, {}
     for name, wrap in cases.items():

@@ -40,13 +40,14 @@ class Log:
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def add(self, *fields):
-        """Add a line, whole or not at all."""
-        line = json.dumps(fields).encode() + b"\n"
+        """Add a line; where kill -9 cuts it off, the next one still begins anew."""
+        line = b"\n" + json.dumps(fields).encode()
         assert os.write(self._file, line) == len(line)
 
     def read(self):
-        """All lines so far."""
-        return [json.loads(line) for line in Path(self._path).read_text().splitlines()]
+        """All whole lines so far."""
+        lines = Path(self._path).read_text().splitlines()
+        return [json.loads(line) for line in lines if line.endswith("]")]
 
 
 def declare_writers(cache, source, pause_s=0.0):

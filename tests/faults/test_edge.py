@@ -15,6 +15,8 @@ from nginx_server import Nginx
 from services import Service
 from waiting import until
 
+from flask_muset.errors import TABLE, ErrorCategory
+
 #: Refusals of the service and of nginx that a request without a key may come to.
 REFUSALS = {400, 401, 404, 405, 408, 411, 413, 414, 415, 417, 422, 429, 431}
 
@@ -175,7 +177,9 @@ def answers_of(port, data):
         answers.append((int(head.split(None, 2)[1]), head, rest[:length]))
         found = rest[length:]
     if found.startswith(b"{"):  # HTTP/0.9, as nginx speaks to who does not say his version
-        answers.append((json.loads(found)["status"], b"application/problem+json", found))
+        said = json.loads(found)  # nginx's own errors have their status in them, the service's not
+        status = said.get("status") or TABLE[ErrorCategory(said["category"])].status
+        answers.append((status, b"application/problem+json", found))
     return answers
 
 
@@ -269,12 +273,14 @@ def test_slow_clients_and_a_flood(edge, prove):
             assert asked.status_code == 200
             for one in slow:
                 one.result()
-            until(lambda watch=watch: watch.statuses[200] > 3)
+            if not prove.full:  # of so short a flood a slow machine may watch nothing
+                until(lambda watch=watch: watch.statuses[200] > 3)
         prove.figure(
             f"{name}: {len(kinds)} slow, {opened} opened and closed, alive {dict(watch.statuses)}, "
             f"within {watch.slowest:.1f} s"
         )
         assert set(watch.statuses) == {200}
+        assert watch.statuses[200] > 3
 
 
 #: A head whose body does not come: nginx waits for it before it asks the service.
