@@ -389,6 +389,7 @@ def test_a_clock_of_redis_that_is_set_back_holds_nothing_open(server, nodes, fie
     trip(a)
     until(lambda: a.breaker.debt() is None)
     a.redis.execute("HSET", a.key, field, int((time.time() + 3600) * 1000))
+    until(lambda: b.breaker.state != "closed")
     until(lambda: not is_refused(b))
     until_state("closed", a, b)
     late = nodes(server.url)
