@@ -43,7 +43,7 @@ LEFT = """
 import subprocess, sys
 import run
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
-stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+stubborn = "import signal, time; signal.signal(15, 1); print(flush=True); time.sleep(600)"
 subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE).stdout.readline()
 subprocess.Popen([sys.executable, "-c", ""])
 before = run._children()
@@ -63,7 +63,7 @@ STUBBORN = """
 import contextlib, subprocess, sys
 import run
 run.LIMIT_S, run.ENDING_S, run._END_S = 2.0, 1.5, 0.5
-stubborn = "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+stubborn = "import signal, time; signal.signal(15, 1); print(flush=True); time.sleep(600)"
 process = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
 process.stdout.readline()
 

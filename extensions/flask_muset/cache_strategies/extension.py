@@ -148,7 +148,7 @@ class CacheStrategies(CacheManager):
         for cls in self._registered:
             codec.register(cls)
         counters = cache_counters(app.extensions)
-        tell = partial(_tell, app, counters)
+        tell = _teller(app, counters)
         redis = None
         if self._given_cache is None:
             redis = redis_client(self._given_redis, config, PREFIX, "cache")
@@ -327,22 +327,24 @@ def _flask_cache(app: Flask) -> flask_caching.Cache:
 # --- What the cache tells -------------------------------------------------------------------------
 
 
-def _tell(
-    app: Flask, counters: list[Count], operation: str, status: str, duration_s: float | None
-) -> None:
-    for count in counters:
-        count(operation, status, duration_s)
-    if cache_operated.receivers:
-        context.tell(cache_operated, app, CacheEvent(operation, status, duration_s))
+def _teller(app: Flask, counters: list[Count]) -> Tell:
+    receivers = cache_operated.receivers
+
+    def tell(operation: str, status: str, duration_s: float | None) -> None:
+        for count in counters:
+            count(operation, status, duration_s)
+        if receivers:
+            context.tell(cache_operated, app, CacheEvent(operation, status, duration_s))
+
+    return tell
 
 
 def _note(answer: Answer) -> None:
     """Remember for the response how a load was answered, the most telling one of a request."""
-    try:
-        # The request itself: what its proxy does for an attribute costs three times as much.
-        environ = request._get_current_object().environ  # type: ignore[attr-defined]
-    except RuntimeError:
-        return  # loaded beside any request
+    if not has_request_context():
+        return  # loaded beside any request, where the error would cost more than the hit
+    # The request itself: what its proxy does for an attribute costs three times as much.
+    environ = request._get_current_object().environ  # type: ignore[attr-defined]
     noted = environ.get(_NOTED)
     if noted is None or _ORDER.index(answer.outcome) > _ORDER.index(noted[0]):
         environ[_NOTED] = answer.outcome, answer.age_s

@@ -58,7 +58,8 @@ class LocalStore:
         if not lease_s > 0:
             raise ValueError(f"lease_s must be above 0 seconds, got {lease_s!r}.")
         self.memory = Memory(max_bytes)
-        self.peek = self.memory.get
+        #: The entry, None if there is none. The memory's own: a call more would show in each hit.
+        self.read = self.peek = self.memory.get
         self._lease_s = lease_s
         self._now_us = 0
         self._let_all_go()
@@ -73,10 +74,6 @@ class LocalStore:
         self._look_at = _MANY
 
     # --- Entries
-
-    def read(self, key: str, /) -> Entry | None:
-        """The entry, None if there is none."""
-        return self.memory.get(key)
 
     def read_many(self, keys: Sequence[str], /) -> dict[str, Entry]:
         """Those that there are."""
