@@ -241,6 +241,8 @@ def test_the_cache_is_away(make, cache_server, way):
     """What is only cached is loaded or served by the memory; what waits knows nothing of it."""
     shop = make(REDIS_BUDGET=_BUDGETS_S[way])
     shop.cache.set("page:1", 1)
+    # The first link empties the memory.
+    until(lambda: shop.cache.explain("page:1")["invalidations"] == "linked")
     if way == "killed":
         cache_server.kill()
     else:
